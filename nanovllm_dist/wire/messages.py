@@ -1,0 +1,421 @@
+"""The only definition of what crosses a process boundary: typed MessagePack messages.
+
+Each message is a tagged array; a frame that does not decode to the expected union is refused. Integers in bulk
+travel as packed little-endian int32 bytes, and steps as deltas. Nothing here knows sockets, tensors or policy.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import NanoVLLMError, WireError, error_from_code
+from nanovllm_dist.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 1
+CLIENT_FRAME_LIMIT = 16 * 2**20
+WORKER_FRAME_LIMIT = 1 * 2**30
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages: `[tag, field, field, ...]` on the wire."""
+
+
+class _Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of what is nested in messages."""
+
+
+# --- packed integers ---------------------------------------------------------------------------------------
+
+
+def pack_ints(values: Iterable[int]) -> bytes:
+    """Pack integers as little-endian int32."""
+    packed = array("i", values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ints(data: bytes) -> list[int]:
+    """The inverse of `pack_ints`. Raises WireError when `data` is not a whole number of int32."""
+    if len(data) % 4:
+        raise WireError(f"{len(data)} bytes are not a whole number of int32 values")
+    packed = array("i", data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()
+
+
+# --- shared parts ------------------------------------------------------------------------------------------
+
+
+class ErrorInfo(_Part):
+    """A typed error on the wire; see `errors.error_from_code`."""
+
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        """Describe `error`; an error that is not ours keeps its class name in the message."""
+        if isinstance(error, NanoVLLMError):
+            return cls(error.code, str(error))
+        return cls(NanoVLLMError.code, f"{type(error).__name__}: {error}")
+
+    def to_exception(self) -> NanoVLLMError:
+        """The exception this describes."""
+        return error_from_code(self.code, self.message)
+
+
+class TokenLogprobs(_Part):
+    """Log-probabilities at one position: the chosen token first, then the most likely ones in order.
+
+    `ids` is packed int32, `values` packed float32 of the same count, `rank` the chosen token's rank (1 = best).
+    """
+
+    ids: bytes
+    values: bytes
+    rank: int
+
+
+# --- client -> coordinator ---------------------------------------------------------------------------------
+
+
+class Hello(_Message):
+    """First message of a client; answered by EngineStatus, which is then pushed on every change."""
+
+    protocol: int = PROTOCOL_VERSION
+
+
+class AddRequest(_Message):
+    """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only.
+
+    `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
+    """
+
+    id: int
+    prompt: bytes
+    params: SamplingParams
+    bad_words: list[bytes] = []
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class AbortRequests(_Message):
+    """End these requests with reason `abort`; unknown or finished ids are ignored.
+
+    `reason` is `stop` when the client found a stop string in the text, else `abort`.
+    """
+
+    ids: list[int]
+    reason: str = "abort"
+
+
+class StatsRequest(_Message):
+    """Ask for one EngineStats."""
+
+
+ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest
+
+# --- coordinator -> client ---------------------------------------------------------------------------------
+
+
+class EngineInfo(_Part):
+    """What a client must know of a ready engine. `max_total_tokens`: prompt + output of one request."""
+
+    version: str
+    model: str
+    model_path: str
+    architecture: str
+    device: str
+    dtype: str
+    tensor_parallel_size: int
+    vocab_size: int
+    max_total_tokens: int
+    max_num_seqs: int
+    max_queued: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: list[int]
+
+
+class EngineStatus(_Message):
+    """State of the engine: `starting` (with the slowest rank's phase), `ready`, `failed` or `stopping`."""
+
+    state: str
+    phase: str = ""
+    done: int = 0
+    total: int = 0
+    info: EngineInfo | None = None
+    error: ErrorInfo | None = None
+
+
+class RequestTimes(_Part):
+    """Seconds on the coordinator's clock, from arrival; `first_token` and `queue` are -1 if never reached."""
+
+    queue: float
+    first_token: float
+    total: float
+    num_cached_tokens: int
+    num_preemptions: int
+
+
+class Finished(_Part):
+    """The one end of a request: reason `stop`, `length`, `abort` or `error`; `stop_token` if one ended it."""
+
+    id: int
+    reason: str
+    times: RequestTimes
+    stop_token: int | None = None
+    error: ErrorInfo | None = None
+
+
+class PromptLogprobs(_Part):
+    """Log-probabilities of prompt tokens 1..n-1 of request `id` (the first token has none)."""
+
+    id: int
+    positions: list[TokenLogprobs]
+
+
+class Outputs(_Message):
+    """What one step gave the requests of one client: parallel packed arrays `ids`, `tokens` (one token each),
+    then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs)."""
+
+    ids: bytes
+    tokens: bytes
+    finished: list[Finished] = []
+    logprobs: list[tuple[int, TokenLogprobs]] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+
+
+class EngineStats(_Message):
+    """Counters since start, and gauges now. Health is `seconds_since_step` while requests run."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    num_blocks: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    finished: dict[str, int]
+    seconds_since_step: float
+    host_us_per_step: dict[int, tuple[int, float]]  # running requests, to a power of two -> (steps, mean µs)
+    batch_histogram: dict[int, int]  # rows per step -> steps
+
+
+class ProtocolError(_Message):
+    """The answer to a frame that is not a ClientMessage."""
+
+    error: ErrorInfo
+
+
+ServerMessage = EngineStatus | Outputs | EngineStats | ProtocolError
+
+# --- coordinator -> worker ---------------------------------------------------------------------------------
+
+
+class Rendezvous(_Message):
+    """Join the process group at this `host:port`; sent to every rank but 0, which made it."""
+
+    address: str
+
+
+class AllocateCache(_Message):
+    """The minimum over ranks of what they measured: allocate this many blocks, then answer Ready."""
+
+    num_blocks: int
+
+
+class NewRow(_Part):
+    """A request enters (or re-enters) the batch at `slot`.
+
+    `tokens`: all known ids; `num_computed`: how many of them have been run; `num_cached`: how many have their
+    keys and values in the cache (num_computed, or one more when the whole prompt was cached and its last token
+    runs only for its logits); `blocks`: its block table so far.
+    """
+
+    slot: int
+    tokens: bytes
+    prompt_len: int
+    num_computed: int
+    num_cached: int
+    blocks: bytes
+    seed: int
+    params: SamplingParams
+    bad_words: list[bytes]
+
+
+class Step(_Message):
+    """One step: rows in order (decodes first), each with its count of tokens; everything else is a delta.
+
+    `grow_slots[i]` gets block `grow_blocks[i]` appended to its table. A row samples when its count reaches the
+    end of its known tokens (the sampled one in flight included).
+    """
+
+    epoch: int
+    step: int
+    slots: bytes
+    counts: bytes
+    grow_slots: bytes
+    grow_blocks: bytes
+    new_rows: list[NewRow]
+
+
+class Ping(_Message):
+    """Sent when idle, so that a worker can tell a quiet coordinator from a dead one."""
+
+
+class Shutdown(_Message):
+    """Leave, in order."""
+
+
+ToWorker = Rendezvous | AllocateCache | Step | Ping | Shutdown
+
+# --- worker -> coordinator ---------------------------------------------------------------------------------
+
+
+class WorkerHello(_Message):
+    """First message of a rank; rank 0 adds the `host:port` of the rendezvous it serves."""
+
+    rank: int
+    pid: int
+    rendezvous: str = ""
+
+
+class WorkerProgress(_Message):
+    """Where start-up is: phase `connect`, `load`, `profile`, `warmup`."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class CacheMeasured(_Message):
+    """How many KV blocks this rank can hold."""
+
+    num_blocks: int
+
+
+class WorkerReady(_Message):
+    """The cache is allocated and the rank waits for steps."""
+
+
+class StepResult(_Message):
+    """Rank 0's answer: one token for each sampling row, in the plan's order.
+
+    `logprobs`: (slot, logprobs) of rows that asked; `prompt_logprobs`: (slot, first position, logprobs...) of
+    the prompt positions that this step ran. `device_us`: wall time of the forward and the sampling.
+    """
+
+    epoch: int
+    step: int
+    tokens: bytes
+    logprobs: list[tuple[int, TokenLogprobs]]
+    prompt_logprobs: list[tuple[int, int, list[TokenLogprobs]]]
+    device_us: int
+
+
+class WorkerFailed(_Message):
+    """The rank's last message: what went wrong."""
+
+    error: ErrorInfo
+
+
+FromWorker = WorkerHello | WorkerProgress | CacheMeasured | WorkerReady | StepResult | WorkerFailed
+
+# --- launcher -> its processes (JSON on standard input), and their first line of standard output ------------
+
+
+class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """CURVE keys (Z85) of one engine: the server's pair, and the one client pair that it lets in."""
+
+    server_public: str
+    server_secret: str
+    client_public: str
+    client_secret: str
+
+
+class CoordinatorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a coordinator is started with. `keys` is None on ipc endpoints, which a 0700 directory guards.
+
+    An endpoint is `ipc://PATH`, or `tcp://HOST:0` for a port of the system's choosing.
+    """
+
+    config: EngineConfig
+    client_endpoint: str
+    worker_endpoint: str
+    keys: Keys | None = None
+
+
+class CoordinatorListening(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The coordinator's first line of output: the endpoints it really bound."""
+
+    client_endpoint: str
+    worker_endpoint: str
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker is started with. `host`: this machine's address for the process group, as others see it.
+
+    `device_index`: which of the devices visible to the process is its own.
+    """
+
+    config: EngineConfig
+    rank: int
+    worker_endpoint: str
+    host: str = "127.0.0.1"
+    device_index: int = 0
+    keys: Keys | None = None
+
+
+# --- frames ------------------------------------------------------------------------------------------------
+
+_T = TypeVar("_T")
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder = msgspec.msgpack.Decoder(ClientMessage)
+_server_decoder = msgspec.msgpack.Decoder(ServerMessage)
+_to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+_from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: _Message) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_client(frame: bytes) -> ClientMessage:
+    """Decode what a client sent. Raises WireError."""
+    return _decode(_client_decoder, frame, CLIENT_FRAME_LIMIT)
+
+
+def decode_server(frame: bytes) -> ServerMessage:
+    """Decode what the coordinator sent to a client. Raises WireError."""
+    return _decode(_server_decoder, frame, WORKER_FRAME_LIMIT)
+
+
+def decode_to_worker(frame: bytes) -> ToWorker:
+    """Decode what the coordinator sent to a worker. Raises WireError."""
+    return _decode(_to_worker_decoder, frame, WORKER_FRAME_LIMIT)
+
+
+def decode_from_worker(frame: bytes) -> FromWorker:
+    """Decode what a worker sent. Raises WireError."""
+    return _decode(_from_worker_decoder, frame, WORKER_FRAME_LIMIT)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes, limit: int) -> _T:
+    if len(frame) > limit:
+        raise WireError(f"a frame of {len(frame)} bytes is over the limit of {limit}")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.MsgspecError, NanoVLLMError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not a message of this protocol: {error}") from None

@@ -1,0 +1,56 @@
+"""What differs between devices, as one interface; everything else in the engine is the same code.
+
+A platform knows its device and nothing of requests, plans or models. Modules here import torch only inside
+methods, so that the launcher can read defaults without paying for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from nanovllm_dist.config import EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanovllm_dist.models.parallel import Communicator
+
+
+class Platform(ABC):
+    """One kind of device."""
+
+    name: ClassVar[str]
+    distributed_backend: ClassVar[str]
+    ray_resource: ClassVar[str]  # the Ray resource of which each rank reserves one unit
+    visible_devices_env: ClassVar[str]  # the variable that limits a process to some devices; "" if there is none
+    default_dtype: ClassVar[str]  # of a checkpoint whose config names none
+    default_block_size: ClassVar[int]
+    default_max_num_seqs: ClassVar[int]
+    default_max_num_batched_tokens: ClassVar[int]
+    default_steps_in_flight: ClassVar[int]
+
+    @staticmethod
+    @abstractmethod
+    def is_present() -> bool:
+        """Whether such a device is on this machine, found out without importing torch."""
+
+    @abstractmethod
+    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
+        """Environment variables that must be set before a worker process starts."""
+
+    @abstractmethod
+    def open_device(self, device_index: int, config: EngineConfig) -> torch.device:
+        """Claim the device for this process."""
+
+    @abstractmethod
+    def connect(self, rank: int, world_size: int, store: torch.distributed.Store | None) -> Communicator:
+        """Join the process group over `store`; a world of one needs none."""
+
+    @abstractmethod
+    def cache_bytes(self, config: EngineConfig) -> int:
+        """Bytes that the KV cache of one rank may take, called after the profiling run."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for all queued device work."""

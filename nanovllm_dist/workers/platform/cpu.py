@@ -1,0 +1,86 @@
+"""The CPU: gloo between ranks, threads shared out, a stated share of free memory for the KV cache."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.workers.platform.base import Platform
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanovllm_dist.models.parallel import Communicator
+
+# Without --kv-cache-memory all ranks together take this share of the memory that is free after loading
+FREE_MEMORY_SHARE = 0.25
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class CpuPlatform(Platform):
+    """Runs everywhere; the reference for every other platform."""
+
+    name = "cpu"
+    distributed_backend = "gloo"
+    ray_resource = "CPU"
+    visible_devices_env = ""
+    default_dtype = "float32"
+    default_block_size = 32
+    default_max_num_seqs = 64
+    default_max_num_batched_tokens = 2048
+    default_steps_in_flight = 1
+
+    @staticmethod
+    def is_present() -> bool:
+        """Always."""
+        return True
+
+    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
+        """Thread counts; oversubscribed cores make a linear layer 30 times slower, so waiting must not spin."""
+        threads = config.threads_per_worker or max(1, _usable_cores() // config.tensor_parallel_size)
+        return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def open_device(self, device_index: int, config: EngineConfig) -> torch.device:
+        """The one CPU device."""
+        import torch
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        return torch.device("cpu")
+
+    def connect(self, rank: int, world_size: int, store: torch.distributed.Store | None) -> Communicator:
+        """Join a gloo group."""
+        from nanovllm_dist.models.parallel import GroupCommunicator, SingleRank
+
+        if store is None:
+            return SingleRank()
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
+        return GroupCommunicator()
+
+    def cache_bytes(self, config: EngineConfig) -> int:
+        """`kv_cache_memory` of each rank, or its part of a quarter of the free memory."""
+        if config.kv_cache_memory:
+            return config.kv_cache_memory
+        return int(_available_memory() * FREE_MEMORY_SHARE) // config.tensor_parallel_size
+
+    def synchronize(self) -> None:
+        """Nothing is queued on a CPU."""
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _available_memory() -> int:
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    if available < 2**26:
+        raise ConfigError(f"only {available} bytes of memory are free: too little for a KV cache")
+    return available
