@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import Any
+
+from nanovllm_dist.errors import NanoVLLMError, WireError
+from nanovllm_dist.wire.messages import TokenLogprobs, unpack_ints
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
+    error: NanoVLLMError | None = None  # set when finish_reason is error
 
     @property
     def text(self) -> str:
@@ -84,6 +89,15 @@ class RequestOutput:
         if key not in _KEYS:
             raise KeyError(f"{key!r}; there are {', '.join(_KEYS)}")
         return getattr(self, key)
+
+
+
+def unpack_logprobs(entry: TokenLogprobs) -> tuple[list[int], list[float]]:
+    """Token ids and natural-log probabilities of one position, the chosen token first. Raises WireError."""
+    ids = unpack_ints(entry.ids)
+    if len(entry.values) != 4 * len(ids):
+        raise WireError(f"{len(entry.values)} bytes of log-probabilities for {len(ids)} tokens")
+    return ids, list(struct.unpack(f"<{len(ids)}f", entry.values))
 
 
 _KEYS = ("text", "token_ids", "finish_reason", "logprobs", "metrics", "prompt", "prompt_token_ids", "outputs")

@@ -52,7 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
-    output_kind: OutputKind = "cumulative"
+    output_kind: OutputKind | None = None  # None: deltas from stream(), everything at the end from generate()
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -54,7 +54,7 @@ def unpack_ints(data: bytes) -> list[int]:
 # --- shared parts ------------------------------------------------------------------------------------------
 
 
-class ErrorInfo(_Part):
+class ErrorInfo(_Part, frozen=True):
     """A typed error on the wire; see `errors.error_from_code`."""
 
     code: str
@@ -72,7 +72,7 @@ class ErrorInfo(_Part):
         return error_from_code(self.code, self.message)
 
 
-class TokenLogprobs(_Part):
+class TokenLogprobs(_Part, frozen=True):
     """Log-probabilities at one position: the chosen token first, then the most likely ones in order.
 
     `ids` is packed int32, `values` packed float32 of the same count, `rank` the chosen token's rank (1 = best).
@@ -86,13 +86,13 @@ class TokenLogprobs(_Part):
 # --- client -> coordinator ---------------------------------------------------------------------------------
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """First message of a client; answered by EngineStatus, which is then pushed on every change."""
 
     protocol: int = PROTOCOL_VERSION
 
 
-class AddRequest(_Message):
+class AddRequest(_Message, frozen=True):
     """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only.
 
     `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
@@ -106,7 +106,7 @@ class AddRequest(_Message):
     cache_salt: str = ""
 
 
-class AbortRequests(_Message):
+class AbortRequests(_Message, frozen=True):
     """End these requests with reason `abort`; unknown or finished ids are ignored.
 
     `reason` is `stop` when the client found a stop string in the text, else `abort`.
@@ -116,7 +116,7 @@ class AbortRequests(_Message):
     reason: str = "abort"
 
 
-class StatsRequest(_Message):
+class StatsRequest(_Message, frozen=True):
     """Ask for one EngineStats."""
 
 
@@ -125,7 +125,7 @@ ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest
 # --- coordinator -> client ---------------------------------------------------------------------------------
 
 
-class EngineInfo(_Part):
+class EngineInfo(_Part, frozen=True):
     """What a client must know of a ready engine. `max_total_tokens`: prompt + output of one request."""
 
     version: str
@@ -144,7 +144,7 @@ class EngineInfo(_Part):
     eos_token_ids: list[int]
 
 
-class EngineStatus(_Message):
+class EngineStatus(_Message, frozen=True):
     """State of the engine: `starting` (with the slowest rank's phase), `ready`, `failed` or `stopping`."""
 
     state: str
@@ -155,7 +155,7 @@ class EngineStatus(_Message):
     error: ErrorInfo | None = None
 
 
-class RequestTimes(_Part):
+class RequestTimes(_Part, frozen=True):
     """Seconds on the coordinator's clock, from arrival; `first_token` and `queue` are -1 if never reached."""
 
     queue: float
@@ -165,7 +165,7 @@ class RequestTimes(_Part):
     num_preemptions: int
 
 
-class Finished(_Part):
+class Finished(_Part, frozen=True):
     """The one end of a request: reason `stop`, `length`, `abort` or `error`; `stop_token` if one ended it."""
 
     id: int
@@ -175,14 +175,14 @@ class Finished(_Part):
     error: ErrorInfo | None = None
 
 
-class PromptLogprobs(_Part):
+class PromptLogprobs(_Part, frozen=True):
     """Log-probabilities of prompt tokens 1..n-1 of request `id` (the first token has none)."""
 
     id: int
     positions: list[TokenLogprobs]
 
 
-class Outputs(_Message):
+class Outputs(_Message, frozen=True):
     """What one step gave the requests of one client: parallel packed arrays `ids`, `tokens` (one token each),
     then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs)."""
 
@@ -193,7 +193,7 @@ class Outputs(_Message):
     prompt_logprobs: list[PromptLogprobs] = []
 
 
-class EngineStats(_Message):
+class EngineStats(_Message, frozen=True):
     """Counters since start, and gauges now. Health is `seconds_since_step` while requests run."""
 
     running: int
@@ -212,7 +212,7 @@ class EngineStats(_Message):
     batch_histogram: dict[int, int]  # rows per step -> steps
 
 
-class ProtocolError(_Message):
+class ProtocolError(_Message, frozen=True):
     """The answer to a frame that is not a ClientMessage."""
 
     error: ErrorInfo
@@ -223,19 +223,19 @@ ServerMessage = EngineStatus | Outputs | EngineStats | ProtocolError
 # --- coordinator -> worker ---------------------------------------------------------------------------------
 
 
-class Rendezvous(_Message):
+class Rendezvous(_Message, frozen=True):
     """Join the process group at this `host:port`; sent to every rank but 0, which made it."""
 
     address: str
 
 
-class AllocateCache(_Message):
+class AllocateCache(_Message, frozen=True):
     """The minimum over ranks of what they measured: allocate this many blocks, then answer Ready."""
 
     num_blocks: int
 
 
-class NewRow(_Part):
+class NewRow(_Part, frozen=True):
     """A request enters (or re-enters) the batch at `slot`.
 
     `tokens`: all known ids; `num_computed`: how many of them have been run; `num_cached`: how many have their
@@ -254,7 +254,7 @@ class NewRow(_Part):
     bad_words: list[bytes]
 
 
-class Step(_Message):
+class Step(_Message, frozen=True):
     """One step: rows in order (decodes first), each with its count of tokens; everything else is a delta.
 
     `grow_slots[i]` gets block `grow_blocks[i]` appended to its table. A row samples when its count reaches the
@@ -270,11 +270,11 @@ class Step(_Message):
     new_rows: list[NewRow]
 
 
-class Ping(_Message):
+class Ping(_Message, frozen=True):
     """Sent when idle, so that a worker can tell a quiet coordinator from a dead one."""
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """Leave, in order."""
 
 
@@ -283,7 +283,7 @@ ToWorker = Rendezvous | AllocateCache | Step | Ping | Shutdown
 # --- worker -> coordinator ---------------------------------------------------------------------------------
 
 
-class WorkerHello(_Message):
+class WorkerHello(_Message, frozen=True):
     """First message of a rank; rank 0 adds the `host:port` of the rendezvous it serves."""
 
     rank: int
@@ -291,7 +291,7 @@ class WorkerHello(_Message):
     rendezvous: str = ""
 
 
-class WorkerProgress(_Message):
+class WorkerProgress(_Message, frozen=True):
     """Where start-up is: phase `connect`, `load`, `profile`, `warmup`."""
 
     phase: str
@@ -299,17 +299,17 @@ class WorkerProgress(_Message):
     total: int
 
 
-class CacheMeasured(_Message):
+class CacheMeasured(_Message, frozen=True):
     """How many KV blocks this rank can hold."""
 
     num_blocks: int
 
 
-class WorkerReady(_Message):
+class WorkerReady(_Message, frozen=True):
     """The cache is allocated and the rank waits for steps."""
 
 
-class StepResult(_Message):
+class StepResult(_Message, frozen=True):
     """Rank 0's answer: one token for each sampling row, in the plan's order.
 
     `logprobs`: (slot, logprobs) of rows that asked; `prompt_logprobs`: (slot, first position, logprobs...) of
@@ -324,7 +324,7 @@ class StepResult(_Message):
     device_us: int
 
 
-class WorkerFailed(_Message):
+class WorkerFailed(_Message, frozen=True):
     """The rank's last message: what went wrong."""
 
     error: ErrorInfo
@@ -377,14 +377,19 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     keys: Keys | None = None
 
 
+def worker_identity(rank: int) -> bytes:
+    """The name under which a rank connects."""
+    return f"rank-{rank}".encode()
+
+
 # --- frames ------------------------------------------------------------------------------------------------
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
-_client_decoder = msgspec.msgpack.Decoder(ClientMessage)
-_server_decoder = msgspec.msgpack.Decoder(ServerMessage)
-_to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
-_from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
+_client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+_to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode(message: _Message) -> bytes:
@@ -412,7 +417,7 @@ def decode_from_worker(frame: bytes) -> FromWorker:
     return _decode(_from_worker_decoder, frame, WORKER_FRAME_LIMIT)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes, limit: int) -> _T:
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, limit: int) -> T:
     if len(frame) > limit:
         raise WireError(f"a frame of {len(frame)} bytes is over the limit of {limit}")
     try:

@@ -41,6 +41,9 @@ class Server:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, frame_limit: int, keys: Keys | None) -> None:
         self._authenticator: ThreadAuthenticator | None = None
+        self._own_context: zmq.Context[zmq.Socket[bytes]] | None = None
+        if endpoint.startswith("tcp:"):  # a context has one authenticator, and each server its own keys
+            context = self._own_context = zmq.Context()
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, frame_limit)
@@ -91,6 +94,9 @@ class Server:
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
+        if self._own_context is not None:
+            self._own_context.term()
+            self._own_context = None
         path = getattr(self, "endpoint", "")
         if path.startswith("ipc://"):
             Path(path.removeprefix("ipc://")).unlink(missing_ok=True)

@@ -48,6 +48,10 @@ class Platform(ABC):
         """Join the process group over `store`; a world of one needs none."""
 
     @abstractmethod
+    def profile_tokens(self, config: EngineConfig) -> int:
+        """Tokens of the forward that is run before `cache_bytes` is asked."""
+
+    @abstractmethod
     def cache_bytes(self, config: EngineConfig) -> int:
         """Bytes that the KV cache of one rank may take, called after the profiling run."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Without --kv-cache-memory all ranks together take this share of the memory that is free after loading
 FREE_MEMORY_SHARE = 0.25
+_WARM_UP_TOKENS = 16
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -60,6 +61,10 @@ class CpuPlatform(Platform):
 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
         return GroupCommunicator()
+
+    def profile_tokens(self, config: EngineConfig) -> int:
+        """A few: activations do not compete with the cache for a memory of their own, so it only warms up."""
+        return min(_WARM_UP_TOKENS, config.max_num_batched_tokens)
 
     def cache_bytes(self, config: EngineConfig) -> int:
         """`kv_cache_memory` of each rank, or its part of a quarter of the free memory."""

@@ -1,0 +1,307 @@
+"""DistLLM: the synchronous client. It embeds an engine of its own, or uses a running one.
+
+    with DistLLM("smollm2-135m", tensor_parallel_size=2) as llm:
+        print(llm.generate(["Hello"], SamplingParams(max_tokens=32))[0].text)
+
+It knows prompts, texts and outputs; how an engine is started is the launcher's matter.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.connection import Connection
+from nanovllm_dist.errors import ConfigError, InvalidRequestError, QueueFullError
+from nanovllm_dist.generation import Generation
+from nanovllm_dist.outputs import RequestOutput
+from nanovllm_dist.progress import TokenProgress
+from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.text.tokenizer import Tokenizer
+from nanovllm_dist.wire.messages import EngineInfo, EngineStats
+
+if TYPE_CHECKING:
+    from nanovllm_dist.launcher.engine import Engine
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+_RETRY_SECONDS = 0.1
+
+
+class DistLLM:
+    """An engine and the client of it. Options are the fields of `EngineConfig`, by keyword.
+
+    Raises:
+        ConfigError: an unknown or contradictory option.
+        ModelNotFoundError, EngineStartError: the engine could not be started.
+    """
+
+    def __init__(self, model: str, *, progress: bool = True, **options: Any) -> None:
+        from nanovllm_dist.launcher.engine import Engine
+
+        config = _make_config(model, options)
+        engine = Engine.start(config, progress=progress)
+        self._attach(engine, Connection(engine.address, engine.key_file), config.tokenizer)
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> Self:
+        """A client that owns an engine already started; closing it stops the engine."""
+        self = cls.__new__(cls)
+        self._attach(engine, Connection(engine.address, engine.key_file), engine.config.tokenizer)
+        return self
+
+    @classmethod
+    def connect(cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0) -> Self:
+        """A client of a running engine, which goes on when this client closes.
+
+        Raises EngineConnectError when none answers within `timeout` seconds.
+        """
+        self = cls.__new__(cls)
+        self._attach(None, Connection(address, key_file, timeout), "")
+        return self
+
+    def _attach(self, engine: Engine | None, connection: Connection, tokenizer: str) -> None:
+        self.engine = engine
+        self._connection = connection
+        self._tokenizer_name = tokenizer
+        # runs at close, when the client is garbage, and at interpreter exit, whichever is first, and once
+        self._finalizer = weakref.finalize(self, _close, engine, connection)
+        if engine is not None:
+            engine.on_death(connection.fail)
+        self.info: EngineInfo = connection.wait_ready(timeout=10.0)
+
+    # --- generation ----------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        return_errors: bool = False,
+    ) -> list[RequestOutput]:
+        """Run all prompts and return their outputs in order.
+
+        A prompt is text or a list of token ids. `sampling_params` is one for all, or one for each.
+        A prompt that is refused raises its typed error and ends the others, unless `return_errors`: then its
+        output has finish_reason `error` and `error` set. Ctrl-C ends all of them before it is raised.
+
+        Raises InvalidRequestError (also when the lengths differ), EngineDeadError.
+        """
+        batch = _as_batch(prompts)
+        params = _params_for(batch, sampling_params)
+        done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
+        with TokenProgress(len(batch), enabled=use_tqdm) as progress:
+            generations = [
+                self._generation(prompt, one, _Deliver(done, index, progress))
+                for index, (prompt, one) in enumerate(zip(batch, params, strict=True))
+            ]
+            try:
+                return self._run(generations, done, progress, priority, cache_salt, return_errors)
+            except BaseException:
+                for generation in generations:
+                    generation.abort()
+                raise
+
+    def _run(
+        self,
+        generations: list[Generation],
+        done: queue.SimpleQueue[tuple[int, RequestOutput]],
+        progress: TokenProgress,
+        priority: int,
+        cache_salt: str,
+        return_errors: bool,
+    ) -> list[RequestOutput]:
+        """Submit within the engine's queue bound, collect until all have ended."""
+        outputs: list[RequestOutput | None] = [None] * len(generations)
+        waiting = deque(range(len(generations)))
+        window = max(1, self.info.max_queued // 2)
+        outstanding, not_before = 0, 0.0
+        while waiting or outstanding:
+            while waiting and outstanding < window and time.monotonic() >= not_before:
+                generations[waiting.popleft()].submit(priority, cache_salt)
+                outstanding += 1
+            try:
+                index, output = done.get(timeout=_RETRY_SECONDS if waiting else None)
+            except queue.Empty:
+                continue
+            outstanding -= 1
+            if isinstance(output.error, QueueFullError):  # other clients fill the queue: wait for room
+                waiting.append(index)
+                generations[index].error = None
+                not_before = time.monotonic() + _RETRY_SECONDS
+                continue
+            if output.error is not None and not return_errors:
+                raise type(output.error)(f"prompt {index}: {output.error}")
+            outputs[index] = output
+            progress.finished(output)
+        return [output for output in outputs if output is not None]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, each a list of {"role", "content"}, through the model's template.
+
+        Other keywords as for `generate`. Raises InvalidRequestError when the model has no chat template.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [
+            self.tokenizer.apply_chat_template(
+                list(conversation),  # type: ignore[arg-type]
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm, **options)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Iterator[RequestOutput]:
+        """Run one prompt and yield what is new as it comes (or the whole so far, with output_kind `cumulative`).
+
+        Leaving the loop early ends the request. Raises as `generate` does.
+        """
+        news: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        generation = self._generation(prompt, sampling_params or SamplingParams(), news.put, streaming=True)
+        generation.submit(priority, cache_salt)
+        try:
+            while True:
+                output = news.get()
+                if output.error is not None:
+                    raise output.error
+                yield output
+                if output.finished:
+                    return
+        finally:
+            if not generation.finished:
+                generation.abort()
+
+    def _generation(
+        self, prompt: Prompt, params: SamplingParams, on_output: Any, streaming: bool = False
+    ) -> Generation:
+        text, ids = encode_prompt(self, prompt)
+        tokenizer = self.tokenizer if params.detokenize or params.bad_words else None
+        return Generation(self._connection, tokenizer, text, ids, params, on_output, streaming)
+
+    # --- the rest ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, loaded on first use."""
+        return Tokenizer.from_directory(self._tokenizer_name or self.info.model_path)
+
+    @property
+    def address(self) -> str:
+        """Where other clients can connect."""
+        return self._connection.address
+
+    def stats(self) -> EngineStats:
+        """The engine's counters now. Raises EngineDeadError when it does not answer."""
+        return self._connection.stats()
+
+    def close(self) -> None:
+        """Disconnect, and stop the engine if it is this client's own. Twice is fine."""
+        self._finalizer()
+
+    exit = close  # the name that nano-vllm's users know
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+LLM = DistLLM
+
+
+def encode_prompt(client: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
+    """(text or None, token ids) of a prompt. Raises InvalidRequestError for anything else, or an empty one."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: it needs at least one token")
+        return prompt, client.tokenizer.encode(prompt)
+    if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+        raise InvalidRequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
+    ids = list(prompt)
+    if not ids:
+        raise InvalidRequestError("the prompt is empty: it needs at least one token")
+    bad = next((token for token in ids if not 0 <= token < 2**31), None)
+    if bad is not None:
+        raise InvalidRequestError(f"token id {bad} is outside the vocabulary")
+    return None, ids
+
+
+class _Deliver:
+    """Puts the finished output of prompt `index` into a queue, and counts its tokens on the way."""
+
+    def __init__(
+        self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int, progress: TokenProgress
+    ) -> None:
+        self._done, self._index, self._progress = done, index, progress
+
+    def __call__(self, output: RequestOutput) -> None:
+        if output.finished:
+            self._done.put((self._index, output))
+
+
+def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:
+    known = EngineConfig.__struct_fields__
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise ConfigError(f"unknown option {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+    return EngineConfig(model=model, **options)
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, given without a list, is a batch of one."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(
+    batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(batch)
+    if len(params) != len(batch):
+        raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} sampling params: give one, or one for each")
+    return list(params)
+
+
+def _close(engine: Engine | None, connection: Connection) -> None:
+    connection.close()
+    if engine is not None:
+        engine.stop()

@@ -1,0 +1,325 @@
+"""Connection: one client's end of the wire, a thread that owns the socket and hands each request its news.
+
+Any thread may submit and abort. It knows messages and request ids; texts, tokenizers and users are not its matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from nanovllm_dist.errors import EngineConnectError, EngineDeadError, NanoVLLMError, WireError, error_from_code
+from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.sockets import Channel
+
+KEY_FILE_ENV = "NANOVLLM_KEY_FILE"
+_PROBE_AFTER_SECONDS = 10.0
+_DEAD_AFTER_SECONDS = 40.0
+_POLL_MS = 500
+
+
+class Sink(Protocol):
+    """Who is told of one request's progress, on the connection's thread: be quick, and never block."""
+
+    def on_token(self, token: int, logprobs: wire.TokenLogprobs | None) -> None:
+        """A new token."""
+
+    def on_prompt_logprobs(self, positions: list[wire.TokenLogprobs]) -> None:
+        """Log-probabilities of the prompt, before the end."""
+
+    def on_finished(self, finished: wire.Finished) -> None:
+        """The one end, as the engine saw it."""
+
+    def on_error(self, error: NanoVLLMError) -> None:
+        """The one end, when the engine is gone."""
+
+
+class Connection:
+    """A connected client. Raises EngineConnectError when no engine answers within `timeout` seconds."""
+
+    def __init__(self, address: str, key_file: str | Path | None = None, timeout: float = 10.0) -> None:
+        self.address = address
+        self._status: wire.EngineStatus | None = None
+        self._status_changed = threading.Condition()
+        self._on_status: Callable[[wire.EngineStatus], None] | None = None
+        self._sinks: dict[int, Sink] = {}
+        self._ids = itertools.count(1)
+        self._outgoing: deque[bytes] = deque()
+        self._stats: deque[Future[wire.EngineStats]] = deque()
+        self._error: NanoVLLMError | None = None
+        self._closing = False
+        self._lock = threading.Lock()
+        self._last_heard = time.monotonic()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel = Channel(self._context, address, wire.WORKER_FRAME_LIMIT, _read_keys(address, key_file))
+        self._wake_in, self._wake_out = self._pair()
+        self._thread = threading.Thread(target=self._run, name="nanovllm-connection", daemon=True)
+        self._thread.start()
+        self._send(wire.Hello())
+        self._wait_for_first_status(timeout)
+
+    def _wait_for_first_status(self, timeout: float) -> None:
+        with self._status_changed:
+            self._status_changed.wait_for(lambda: self._status is not None or self._error is not None, timeout)
+        if self._status is None:
+            error = self._error
+            self.close()
+            raise EngineConnectError(
+                f"no engine answers at {self.address}"
+                + (f": {error}" if error else f" within {timeout:g} s: is it running, and is the key file its own?")
+            )
+
+    @property
+    def status(self) -> wire.EngineStatus:
+        """The engine's last reported state."""
+        if self._status is None:
+            raise EngineConnectError(f"no engine has answered at {self.address}")
+        return self._status
+
+    @property
+    def error(self) -> NanoVLLMError | None:
+        """Why this connection is of no more use, if it is."""
+        return self._error
+
+    def wait_ready(
+        self, timeout: float, on_status: Callable[[wire.EngineStatus], None] | None = None
+    ) -> wire.EngineInfo:
+        """Wait until the engine is ready; `on_status` sees every change on the way.
+
+        Raises the engine's typed error when it fails instead, EngineConnectError when time runs out.
+        """
+        deadline = time.monotonic() + timeout
+        seen: wire.EngineStatus | None = None
+        while True:
+            with self._status_changed:
+                self._status_changed.wait_for(
+                    lambda: self._status is not seen or self._error is not None,  # noqa: B023
+                    max(0.0, deadline - time.monotonic()),
+                )
+                status = self._status
+            if status is not None and status is not seen and on_status is not None:
+                on_status(status)
+            if status is not None and status.info is not None:
+                return status.info
+            if status is not None and status.error is not None:
+                raise status.error.to_exception()
+            if self._error is not None:
+                raise self._error
+            if status is seen:
+                raise EngineConnectError(f"the engine at {self.address} was not ready within {timeout:g} s")
+            seen = status
+
+    def submit(
+        self,
+        prompt: bytes,
+        params: wire.SamplingParams,
+        sink: Sink,
+        *,
+        bad_words: list[bytes] | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> int:
+        """Queue a request; `sink` hears of it until its end. Returns its id. Raises EngineDeadError."""
+        request_id = next(self._ids)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if not self._sinks:
+                self._last_heard = time.monotonic()
+            self._sinks[request_id] = sink
+        self._send(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
+        return request_id
+
+    def abort(self, ids: list[int], reason: str = "abort") -> None:
+        """Ask for the end of these requests; each still ends through its sink."""
+        if ids and self._error is None:
+            self._send(wire.AbortRequests(ids, reason))
+
+    def stats(self, timeout: float = 10.0) -> wire.EngineStats:
+        """The engine's counters now. Raises EngineDeadError when it does not answer."""
+        future: Future[wire.EngineStats] = Future()
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._stats.append(future)
+        self._send(wire.StatsRequest())
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            raise EngineDeadError(f"the engine at {self.address} did not answer within {timeout:g} s") from None
+
+    def fail(self, error: NanoVLLMError) -> None:
+        """End every request with `error`; the connection is of no more use."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._error = error
+            sinks, self._sinks = list(self._sinks.values()), {}
+            stats, self._stats = list(self._stats), deque()
+        with self._status_changed:
+            self._status_changed.notify_all()
+        for sink in sinks:
+            sink.on_error(error)
+        for future in stats:
+            _settle(future, error)
+
+    def close(self) -> None:
+        """Disconnect; requests still running end with EngineDeadError here and `abort` there. Twice is fine."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            running = list(self._sinks)
+        if running and self._error is None:
+            self._outgoing.append(wire.encode(wire.AbortRequests(running)))
+        self._wake()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self.fail(EngineDeadError("the connection was closed"))
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def _pair(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        name = f"inproc://wake-{id(self)}"
+        receiving, sending = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        receiving.bind(name)
+        sending.connect(name)
+        return receiving, sending
+
+    def _send(self, message: wire.ClientMessage) -> None:
+        frame = wire.encode(message)
+        if len(frame) > wire.CLIENT_FRAME_LIMIT:
+            raise WireError(f"the request takes {len(frame)} bytes, over the limit of {wire.CLIENT_FRAME_LIMIT}")
+        self._outgoing.append(frame)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if not self._wake_out.closed:
+                self._wake_out.send(b"")
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._channel.socket, zmq.POLLIN)
+        poller.register(self._wake_in, zmq.POLLIN)
+        try:
+            while not self._closing:
+                events = dict(poller.poll(_POLL_MS))
+                if self._wake_in in events:
+                    while self._wake_in.poll(0):
+                        self._wake_in.recv()
+                self._flush()
+                if self._channel.socket in events:
+                    while (frame := self._channel.receive(0)) is not None:
+                        self._receive(frame)
+                self._watch()
+            self._flush()
+        finally:
+            self._channel.close()
+            with self._lock:
+                self._wake_out.close()
+            self._wake_in.close()
+            self._context.term()
+
+    def _flush(self) -> None:
+        while self._outgoing:
+            self._channel.send(self._outgoing.popleft())
+
+    def _receive(self, frame: bytes) -> None:
+        self._last_heard = time.monotonic()
+        try:
+            message = wire.decode_server(frame)
+        except WireError as error:
+            self.fail(error)
+            return
+        if isinstance(message, wire.Outputs):
+            self._outputs(message)
+        elif isinstance(message, wire.EngineStatus):
+            self._set_status(message)
+        elif isinstance(message, wire.EngineStats):
+            if self._stats:
+                _settle(self._stats.popleft(), message)
+        else:
+            self.fail(error_from_code(message.error.code, message.error.message))
+
+    def _outputs(self, message: wire.Outputs) -> None:
+        logprobs = dict(message.logprobs)
+        sinks = self._sinks
+        tokens = wire.unpack_ints(message.tokens)
+        for index, request_id in enumerate(wire.unpack_ints(message.ids)):
+            sink = sinks.get(request_id)
+            if sink is not None:
+                sink.on_token(tokens[index], logprobs.get(index))
+        for entry in message.prompt_logprobs:
+            if entry.id in sinks:
+                sinks[entry.id].on_prompt_logprobs(entry.positions)
+        for finished in message.finished:
+            with self._lock:
+                sink = sinks.pop(finished.id, None)
+            if sink is not None:
+                sink.on_finished(finished)
+
+    def _set_status(self, status: wire.EngineStatus) -> None:
+        with self._status_changed:
+            self._status = status
+            self._status_changed.notify_all()
+        if status.state == "failed" and status.error is not None:
+            self.fail(status.error.to_exception())
+        elif status.state == "stopping":
+            self.fail(EngineDeadError(f"the engine at {self.address} was stopped"))
+
+    def _watch(self) -> None:
+        """With requests waiting and a silent engine, ask for a sign of life, and give up without one."""
+        if not self._sinks or self._error is not None:
+            return
+        silent = time.monotonic() - self._last_heard
+        if silent > _DEAD_AFTER_SECONDS:
+            self.fail(EngineDeadError(f"the engine at {self.address} has been silent for {silent:.0f} s"))
+        elif silent > _PROBE_AFTER_SECONDS and not self._stats:
+            self._stats.append(Future())
+            self._channel.send(wire.encode(wire.StatsRequest()))
+
+
+def _settle(future: Future[wire.EngineStats], result: wire.EngineStats | NanoVLLMError) -> None:
+    with suppress(InvalidStateError):  # whoever asked may have stopped waiting
+        if isinstance(result, NanoVLLMError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+
+def _read_keys(address: str, key_file: str | Path | None) -> wire.Keys | None:
+    """Keys for a tcp address from its key file, or the one that NANOVLLM_KEY_FILE names."""
+    if not address.startswith(("ipc://", "tcp://")):
+        raise EngineConnectError(f"{address!r} is not an engine address: it begins with ipc:// or tcp://")
+    if address.startswith("ipc://"):
+        if not Path(address.removeprefix("ipc://")).exists():
+            raise EngineConnectError(f"no engine is running at {address}: its socket does not exist")
+        return None
+    path = key_file or os.environ.get(KEY_FILE_ENV)
+    if not path:
+        raise EngineConnectError(
+            f"{address} needs the engine's key file: give key_file, or set {KEY_FILE_ENV} to its path"
+        )
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return wire.Keys(
+            server_public=content["server_public"],
+            server_secret="",
+            client_public=content["client_public"],
+            client_secret=content["client_secret"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineConnectError(f"key file {path}: {type(error).__name__}: {error}") from None

@@ -1,0 +1,221 @@
+"""Engine: start a whole engine and wait until it is ready, or fail within seconds with the reason; watch it; stop it.
+
+Used by the command line and by `DistLLM`. It does not know requests.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from nanovllm_dist import errors
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import EngineDeadError, EngineStartError, NanoVLLMError
+from nanovllm_dist.launcher.deployment import LOG_HEADING, Deployment, process_report
+from nanovllm_dist.launcher.process import RunningProcess
+from nanovllm_dist.launcher.resolve import launcher_kind, resolve_config
+from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.sockets import Channel
+
+# A process that failed tells the coordinator first; how long the message may take to get here
+_REASON_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where start-up is: `phase` resolve, cluster, start, connect, load, profile, warmup or ready; total 0: unknown."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class Engine:
+    """A ready engine. It is stopped by `stop`, by garbage collection, or when the program ends, whichever is first."""
+
+    def __init__(self, deployment: Deployment, info: wire.EngineInfo) -> None:
+        self.address = deployment.address
+        self.key_file: Path | None = deployment.key_file
+        self.info = info
+        self.config = deployment.config
+        self._deployment = deployment
+        self._watcher = _Watcher(deployment)
+        self._finalizer = weakref.finalize(self, _stop, deployment, self._watcher)
+
+    @classmethod
+    def start(cls, config: EngineConfig, progress: ProgressCallback | None = None) -> Engine:
+        """Resolve `config`, start every process and wait until requests can be served.
+
+        `progress` is called in the calling thread; with it, a model that must be fetched shows bars on stderr.
+
+        Raises:
+            ConfigError, ModelNotFoundError, UnsupportedModelError: before any process has started.
+            EngineStartError: a process failed or took too long; `__cause__` is its typed error where it gave one.
+                Nothing is left running, also when the wait is interrupted.
+        """
+        report = progress or _silent
+        report(Progress("resolve"))
+        if launcher_kind(config) == "ray":  # importing it takes a second: do so while the model is looked up
+            threading.Thread(target=_import_ray_backend, daemon=True).start()
+        resolved, _ = resolve_config(config, progress=progress is not None)
+        deadline = time.monotonic() + resolved.startup_timeout
+        deployment = Deployment(resolved)
+        try:
+            report(Progress("cluster"))
+            deployment.open()
+            report(Progress("start"))
+            deployment.launch()
+            info = _wait_ready(deployment, deadline, report)
+        except BaseException:
+            deployment.end(grace=0.0)
+            raise
+        report(Progress("ready"))
+        return cls(deployment, info)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name: coordinator, worker-0, ... (on their own hosts)."""
+        return {process.name: process.pid for process in self._deployment.processes}
+
+    def alive(self) -> bool:
+        """Whether no process has ended and `stop` was not called."""
+        return self._finalizer.alive and self._watcher.death is None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until `stop` was called; False when `timeout` seconds passed before.
+
+        Raises:
+            EngineDeadError: a process ended on its own.
+        """
+        ended = self._watcher.ended.wait(timeout)
+        if self._watcher.death is not None:
+            raise self._watcher.death
+        return ended
+
+    def stop(self) -> None:
+        """End running requests with `abort`, end every process, remove the run directory. Idempotent."""
+        self._finalizer()
+
+
+class _Watcher:
+    """A thread that notices when a process ends on its own."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.death: EngineDeadError | None = None
+        self.ended = threading.Event()
+        self._stopping = threading.Event()
+        self._deployment = deployment
+        self._thread = threading.Thread(target=self._watch, name="nanovllm-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No longer take an end for a failure."""
+        self._stopping.set()
+        if threading.current_thread() is not self._thread:  # garbage collection may run this in any thread
+            self._thread.join()
+        self.ended.set()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self._deployment.backend.poll_seconds):
+            process = self._deployment.dead()
+            if process is not None and not self._stopping.is_set():
+                self.death = EngineDeadError(process_report(process, process.poll() or 0))
+                self.ended.set()
+                return
+
+
+def _stop(deployment: Deployment, watcher: _Watcher) -> None:
+    watcher.stop()
+    deployment.end()
+
+
+def _silent(progress: Progress) -> None:
+    """No display."""
+
+
+def _import_ray_backend() -> None:
+    import nanovllm_dist.launcher.ray_cluster  # noqa: F401
+
+
+# --- waiting for readiness ---------------------------------------------------------------------------------
+
+
+def _wait_ready(deployment: Deployment, deadline: float, report: ProgressCallback) -> wire.EngineInfo:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    channel = Channel(context, deployment.address, wire.WORKER_FRAME_LIMIT, deployment.keys)
+    try:
+        channel.send(wire.encode(wire.Hello()))
+        while time.monotonic() < deadline:
+            status = _next_status(channel, deployment.backend.poll_seconds)
+            if status is not None:
+                if status.info is not None:
+                    return status.info
+                if status.error is None:
+                    report(Progress(status.phase or status.state, status.done, status.total))
+            _raise_if_failed(deployment, channel, status)
+        raise EngineStartError(_timeout_report(deployment))
+    finally:
+        channel.close()
+        context.term()
+
+
+def _next_status(channel: Channel, timeout: float) -> wire.EngineStatus | None:
+    frame = channel.receive(timeout)
+    message = None if frame is None else wire.decode_server(frame)
+    return message if isinstance(message, wire.EngineStatus) else None
+
+
+def _raise_if_failed(deployment: Deployment, channel: Channel, status: wire.EngineStatus | None) -> None:
+    dead = None if status is not None else deployment.dead()
+    deadline = time.monotonic() + _REASON_SECONDS
+    while dead is not None and (status is None or status.error is None) and time.monotonic() < deadline:
+        status = _next_status(channel, deadline - time.monotonic()) or status
+    if status is not None and status.error is not None:
+        raise _start_error(deployment, status.error)
+    if dead is not None:
+        worker = _failed_worker(deployment) or dead
+        report = process_report(worker, worker.poll() or 0)
+        raise EngineStartError(report) from _error_in_log(report)
+
+
+def _start_error(deployment: Deployment, error: wire.ErrorInfo) -> EngineStartError:
+    """The reported error, with the log of the process that failed, given a moment to end."""
+    deadline = time.monotonic() + _REASON_SECONDS
+    while (worker := _failed_worker(deployment)) is None and time.monotonic() < deadline:
+        time.sleep(deployment.backend.poll_seconds)
+    where, log = ("", "") if worker is None else (f"{worker.name}: ", f"{LOG_HEADING}{worker.name}:\n{worker.log_tail()}")
+    failure = EngineStartError(f"{where}{error.message}{log}")
+    failure.__cause__ = error.to_exception()
+    return failure
+
+
+def _failed_worker(deployment: Deployment) -> RunningProcess | None:
+    workers = [process for process in deployment.processes if process.name != "coordinator"]
+    return next((process for process in workers if process.poll() not in (None, 0)), None)
+
+
+def _error_in_log(log: str) -> NanoVLLMError | None:
+    """The typed error that a traceback in the log ends with."""
+    for name, message in reversed(re.findall(r"^nanovllm_dist\.errors\.(\w+): (.*)$", log, flags=re.MULTILINE)):
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, NanoVLLMError):
+            return kind(message)
+    return None
+
+
+def _timeout_report(deployment: Deployment) -> str:
+    logs = "".join(f"{LOG_HEADING}{process.name}:\n{process.log_tail()}" for process in deployment.processes)
+    return (
+        f"the engine was not ready after startup_timeout={deployment.config.startup_timeout:g} seconds: "
+        f"raise it, or see what the processes wait for{logs}"
+    )

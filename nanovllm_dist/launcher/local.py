@@ -1,0 +1,47 @@
+"""Engine processes on this host, with nothing but `subprocess`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
+from nanovllm_dist.launcher.sites import Site
+from nanovllm_dist.launcher.supervisor import Supervisor
+
+LOOPBACK = "127.0.0.1"
+
+
+class LocalBackend:
+    """Starts every process beside the launcher."""
+
+    poll_seconds = 0.1
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._directory: Path = supervisor.directory
+        self._thread = LongLivedThread()
+
+    def open(self, config: EngineConfig) -> None:
+        """Nothing to bring up."""
+
+    def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
+        """The first devices that the launcher itself may see. Raises ConfigError when they are too few."""
+        ranks = config.tensor_parallel_size
+        visible = os.environ.get(visible_env, "") if visible_env else ""
+        devices = visible.split(",") if visible else [str(index) for index in range(ranks)]
+        if len(devices) < ranks:
+            raise ConfigError(f"tensor_parallel_size={ranks} needs {ranks} devices, and {visible_env}={visible} shows fewer")
+        return [Site(node="", host=LOOPBACK, device=devices[rank], with_launcher=True) for rank in range(ranks)]
+
+    def start(self, program: Program, rank: int | None) -> LocalProcess:
+        """Start one process; `rank` is None for the coordinator."""
+        process = self._thread.run(lambda: LocalProcess(program, self._directory))
+        self._supervisor.watch(process.pid)
+        return process
+
+    def close(self) -> None:
+        """End the thread that owns the processes."""
+        self._thread.close()

@@ -1,0 +1,259 @@
+"""Engine processes on a Ray cluster: our own small one on this host, or one that exists. The only file that imports ray.
+
+Ray decides where each rank runs and reserves its device. The actors only host processes, the same that `local`
+starts, so that what serves requests owes Ray nothing but its place. It does not know kinds of devices.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import EngineStartError
+from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
+from nanovllm_dist.launcher.sites import Site
+from nanovllm_dist.launcher.supervisor import Supervisor
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB, and no object of ours goes there
+_PLACEMENT_SECONDS = 60.0
+_CALL_SECONDS = 10.0
+_ACTOR_SECONDS = 60.0
+_OWN_HOST = "127.0.0.1"
+_GONE = -9
+# Ray names the resources that it knows itself by an option of their own
+_RESOURCE_OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
+
+
+class ProcessHost:
+    """The actor: starts one process on its node and answers questions about it.
+
+    Its methods run on the actor's main thread, so the process ends when the actor does.
+    """
+
+    def __init__(self, directory: str | None) -> None:
+        self._supervisor = None if directory else Supervisor()  # beside the launcher, the launcher's own is enough
+        self._directory = Path(directory) if directory else None
+        self._process: LocalProcess | None = None
+
+    def site(self, resource: str) -> tuple[str, str, str, int]:
+        """(node id, node address, device id, user id) of this actor."""
+        context = ray.get_runtime_context()
+        devices = context.get_accelerator_ids().get(resource) or [""]
+        return context.get_node_id(), ray.util.get_node_ip_address(), str(devices[0]), os.getuid()
+
+    def start(self, name: str, module: str, spec: str, environment: dict[str, str]) -> int:
+        """Start the process; returns its pid."""
+        directory = self._directory or self._own().directory
+        self._process = LocalProcess(Program(name, module, spec, environment), directory)
+        if self._supervisor is not None:
+            self._supervisor.watch(self._process.pid)
+        return self._process.pid
+
+    def call(self, method: str) -> Any:
+        """`poll`, `first_line`, `log_tail`, `terminate` or `kill` of the process."""
+        return getattr(self._process, method)()
+
+    def leave(self) -> None:
+        """Remove what this actor keeps on its node."""
+        if self._process is not None:
+            self._process.kill()
+        if self._supervisor is not None:
+            self._supervisor.finish()
+
+    def _own(self) -> Supervisor:
+        if self._supervisor is None:
+            raise EngineStartError("a process host without a directory needs a supervisor")
+        return self._supervisor
+
+
+class RemoteProcess:
+    """A process behind an actor. An actor that is gone counts as a process that was killed."""
+
+    def __init__(self, name: str, actor: Any, pid: int) -> None:
+        self.name = name
+        self.pid = pid
+        self._actor = actor
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs."""
+        code = self._call("poll", gone=_GONE)
+        return None if code is None else int(code)
+
+    def first_line(self) -> str | None:
+        """The first complete line of its standard output, or None so far."""
+        line = self._call("first_line")
+        return None if line is None else str(line)
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        return str(self._call("log_tail", gone="the Ray actor that hosts the process is gone"))
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._call("terminate")
+
+    def kill(self) -> None:
+        """SIGKILL to its group."""
+        self._call("kill")
+
+    def _call(self, method: str, gone: Any = None) -> Any:
+        try:
+            return ray.get(self._actor.call.remote(method), timeout=_CALL_SECONDS)
+        except GetTimeoutError:
+            return None  # a busy node is not a dead process
+        except RayError:
+            return gone
+
+
+class RayBackend:
+    """Ranks in a placement group, one bundle each; coordinator and workers hosted by one actor each."""
+
+    poll_seconds = 0.5
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._thread = LongLivedThread()
+        self._own_cluster = False
+        self._connected_here = False
+        self._group: Any = None
+        self._actors: list[Any] = []
+        self._coordinator: Any = None
+
+    def open(self, config: EngineConfig) -> None:
+        """Start a private Ray on this host, or join the one at `ray_address` (or the RAY_ADDRESS variable).
+
+        A program that has connected to Ray itself keeps its connection, and that cluster is used.
+        """
+        if ray.is_initialized():
+            return
+        address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # visible devices are set by us, explicitly
+        self._own_cluster = not address
+        try:
+            self._thread.run(lambda: self._join(address) if address else self._start(config.tensor_parallel_size))
+        except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            what = f"Ray at {address} cannot be joined" if address else "Ray did not start"
+            raise EngineStartError(f"{what}: {error}; launcher=local needs no Ray") from error
+        self._connected_here = True
+
+    def _join(self, address: str) -> None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+    def _start(self, ranks: int) -> None:
+        temp_dir = self._supervisor.directory / "r"
+        ray.init(
+            address="local",
+            num_cpus=ranks + 1,  # logical: a bundle for each rank of a CPU engine, and the coordinator
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(temp_dir),
+            _node_ip_address=_OWN_HOST,
+            _system_config={"memory_monitor_refresh_ms": 0},  # it would kill a worker for other programs' memory
+        )
+        self._supervisor.watch(*_processes_of(temp_dir))
+
+    def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
+        """Reserve one unit of `resource` per rank and put an actor there. Raises EngineStartError."""
+        self._group = self._place(config.tensor_parallel_size, resource, config.startup_timeout)
+        actors = [self._actor_in_bundle(index, resource) for index in range(config.tensor_parallel_size)]
+        answers = self._get([actor.site.remote(resource) for actor in actors])
+        here = ray.get_runtime_context().get_node_id()
+        found = [
+            (Site(node, host, device, with_launcher=node == here and uid == os.getuid()), actor)
+            for (node, host, device, uid), actor in zip(answers, actors, strict=True)
+        ]
+        found.sort(key=lambda pair: (not pair[0].with_launcher, pair[0].host, pair[0].node, _natural(pair[0].device)))
+        self._actors = [actor for _, actor in found]
+        sites = [site for site, _ in found]
+        affinity = NodeAffinitySchedulingStrategy(sites[0].node, soft=False)
+        self._coordinator = self._new_actor(num_cpus=0, scheduling_strategy=affinity)
+        return sites
+
+    def _place(self, ranks: int, resource: str, timeout: float) -> Any:
+        total = ray.cluster_resources()
+        asked = f"{ranks} x 1 {resource}"
+        if self._own_cluster and total.get(resource, 0) < ranks:
+            raise EngineStartError(f"this host has {total.get(resource, 0):g} {resource}, and {asked} was asked for")
+        group = placement_group([{resource: 1}] * ranks, strategy="PACK")
+        if not group.wait(min(timeout, _PLACEMENT_SECONDS)):
+            free = ray.available_resources().get(resource, 0)
+            remove_placement_group(group)
+            raise EngineStartError(
+                f"the Ray cluster has {total.get(resource, 0):g} {resource} ({free:g} free), and {asked} was asked for"
+            )
+        return group
+
+    def _actor_in_bundle(self, index: int, resource: str) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": strategy}
+        if resource in _RESOURCE_OPTIONS:
+            options[_RESOURCE_OPTIONS[resource]] = 1
+        else:
+            options["resources"] = {resource: 1}
+        return self._new_actor(**options)
+
+    def _new_actor(self, **options: Any) -> Any:
+        directory = str(self._supervisor.directory) if self._own_cluster else None
+        return ray.remote(ProcessHost).options(**options).remote(directory)
+
+    def _get(self, references: list[Any]) -> list[Any]:
+        try:
+            return list(ray.get(references, timeout=_ACTOR_SECONDS))
+        except (RayError, GetTimeoutError) as error:
+            raise EngineStartError(f"a Ray actor did not start: {error}") from error
+
+    def start(self, program: Program, rank: int | None) -> RemoteProcess:
+        """Start a process in the actor of that rank, or in the coordinator's."""
+        actor = self._coordinator if rank is None else self._actors[rank]
+        call = actor.start.remote(program.name, program.module, program.spec, program.environment)
+        pid = int(self._get([call])[0])
+        if self._own_cluster:
+            self._supervisor.watch(pid)
+        return RemoteProcess(program.name, actor, pid)
+
+    def close(self) -> None:
+        """End the actors and free the bundles; end Ray, or the connection to it, if it was opened here."""
+        if ray.is_initialized():
+            self._release()
+            if self._connected_here:
+                self._thread.run(ray.shutdown)
+        self._thread.close()
+
+    def _release(self) -> None:
+        if self._own_cluster:
+            return  # all of it goes
+        actors = [actor for actor in (*self._actors, self._coordinator) if actor is not None]
+        if actors:
+            ray.wait([actor.leave.remote() for actor in actors], num_returns=len(actors), timeout=_CALL_SECONDS)
+        for actor in actors:
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+def _natural(device: str) -> tuple[int, str]:
+    return (int(device), "") if device.isdigit() else (0, device)
+
+
+def _processes_of(temp_dir: Path) -> list[int]:
+    """Pids of the Ray processes that use `temp_dir`, and of those that they started."""
+    pids: list[int] = []
+    for child in psutil.Process().children():
+        try:
+            if any(str(temp_dir) in argument for argument in child.cmdline()):
+                pids += [child.pid, *(grandchild.pid for grandchild in child.children(recursive=True))]
+        except psutil.Error:
+            continue
+    return pids

@@ -1,0 +1,164 @@
+"""The watchdog of one engine: when the launcher is gone, for whatever reason, nothing of the engine stays.
+
+Run as a script, it holds a pipe from the launcher. When that closes (or says `finish`) it kills the processes it
+was told of and every process that writes its output into the run directory, then removes the directory. It uses
+the standard library alone, so that it is up in milliseconds, and knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_SWEEP_SECONDS = 10.0
+_PARENT_CHECK_SECONDS = 1.0
+# Ray puts sockets with long names below the directory, and a socket's path may have 107 bytes
+_LONGEST_TEMP_DIR = 24
+
+
+class Supervisor:
+    """The launcher's side: a private run directory (mode 0700) and the watchdog that removes it in the end."""
+
+    def __init__(self) -> None:
+        parent = tempfile.gettempdir()
+        self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(self.directory), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id of the watchdog."""
+        return self._process.pid
+
+    def watch(self, *pids: int) -> None:
+        """Have these processes killed in the end."""
+        self._tell("".join(f"watch {pid}\n" for pid in pids))
+
+    def finish(self) -> None:
+        """Kill what is left, remove the run directory, and wait until that is done."""
+        self._tell("finish\n")
+        try:
+            self._process.wait(_SWEEP_SECONDS + 5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        shutil.rmtree(self.directory, ignore_errors=True)  # in case the watchdog itself was killed
+
+    def _tell(self, text: str) -> None:
+        if self._process.stdin is None or self._process.stdin.closed:
+            return
+        try:
+            self._process.stdin.write(text.encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the watchdog was killed; the launcher's own clean-up still runs
+
+
+def _stat(pid: int) -> tuple[str, str] | None:
+    """(state, start time) of a process, so that a reused pid is not taken for it; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], fields[19]
+
+
+def _watched(watched: dict[int, str]) -> Iterator[int]:
+    if sys.platform.startswith("linux"):
+        for pid, started in watched.items():
+            stat = _stat(pid)
+            if stat is not None and stat[0] not in "ZX" and stat[1] == started:
+                yield pid
+        return
+    for pid in watched:
+        try:
+            os.kill(pid, 0)
+            yield pid
+        except OSError:
+            continue
+
+
+def _writers(directory: str, spared: set[int]) -> Iterator[int]:
+    """Processes whose standard output or error is a file below `directory`: it is private, so they are ours."""
+    for entry in os.listdir("/proc") if sys.platform.startswith("linux") else []:
+        if not entry.isdigit() or int(entry) in spared:
+            continue
+        for stream in "12":
+            try:
+                if os.readlink(f"/proc/{entry}/fd/{stream}").startswith(directory + "/"):
+                    yield int(entry)
+                    break
+            except OSError:
+                break
+
+
+def _kill(pid: int) -> None:
+    for kill in (os.killpg, os.kill):
+        if kill is os.killpg and os.getpgid(pid) != pid:
+            continue  # Ray's processes share the launcher's group
+        kill(pid, signal.SIGKILL)
+
+
+def _sweep(directory: str, watched: dict[int, str], spared: set[int]) -> None:
+    deadline = time.monotonic() + _SWEEP_SECONDS
+    while time.monotonic() < deadline:
+        left = {*_watched(watched), *_writers(directory, spared)}
+        if not left:
+            break
+        for pid in left:
+            try:
+                _kill(pid)
+            except (ProcessLookupError, PermissionError):
+                continue
+        time.sleep(0.02)
+    while os.path.exists(directory) and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.02)
+
+
+def _listen(launcher: int, watched: dict[int, str]) -> None:
+    """Return when the launcher says `finish` or is gone, even if a fork of it keeps the pipe open."""
+    buffer = b""
+    while os.getppid() == launcher:
+        if not select.select([0], [], [], _PARENT_CHECK_SECONDS)[0]:
+            continue
+        chunk = os.read(0, 65536)
+        if not chunk:
+            return
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        for line in lines:
+            if line == b"finish":
+                return
+            pid = int(line.split()[1])
+            stat = _stat(pid)
+            watched[pid] = stat[1] if stat is not None else ""
+
+
+def main() -> None:
+    """Entry point of the watchdog: `supervisor.py RUN_DIRECTORY LAUNCHER_PID`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it leaves when the launcher does, and not before
+    directory, launcher = sys.argv[1], int(sys.argv[2])
+    watched: dict[int, str] = {}
+    _listen(launcher, watched)
+    _sweep(directory, watched, spared={os.getpid(), launcher})
+
+
+if __name__ == "__main__":
+    main()

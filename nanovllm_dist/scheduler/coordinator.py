@@ -1,0 +1,360 @@
+"""The coordinator process: serves clients, drives workers, owns the scheduler. The one file here that knows sockets.
+
+    python -m nanovllm_dist.scheduler.coordinator < spec.json
+
+It reads a `CoordinatorSpec` from standard input and prints `CoordinatorListening`. It never sees a tensor, and a
+bad message never stops it: the sender is told. When a rank is lost every request ends with an error, and the
+process leaves with exit code 1.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import signal
+import sys
+import time
+from array import array
+
+import msgspec
+import zmq
+
+from nanovllm_dist import __version__
+from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
+from nanovllm_dist.models.config import ModelConfig, read_model_config
+from nanovllm_dist.scheduler.outbox import Outbox
+from nanovllm_dist.scheduler.request import Request
+from nanovllm_dist.scheduler.scheduler import Scheduler
+from nanovllm_dist.scheduler.startup import Startup
+from nanovllm_dist.scheduler.step_clock import StepClock
+from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.sockets import Server
+
+log = logging.getLogger("coordinator")
+
+_POLL_MS = 200
+_PING_SECONDS = 1.0
+_EPOCH = 0
+_MAX_WATCHERS = 1024
+
+
+class Coordinator:
+    """One engine's centre. `run()` returns the exit code."""
+
+    def __init__(self, spec: wire.CoordinatorSpec, model: ModelConfig) -> None:
+        self.config = spec.config
+        self.model = model
+        self._context = zmq.Context()
+        self._clients = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
+        self._workers = Server(self._context, spec.worker_endpoint, wire.WORKER_FRAME_LIMIT, spec.keys)
+        self._startup = Startup(spec.config.tensor_parallel_size)
+        self._status = wire.EngineStatus("starting", "start")
+        self._watchers: dict[bytes, None] = {}
+        self._scheduler: Scheduler | None = None
+        self._outbox = Outbox()
+        self._clock = StepClock()
+        self._seeds = random.Random(spec.config.seed)
+        self._rendezvous = ""
+        self._last_step = self._last_ping = time.monotonic()
+        self._exit_code: int | None = None
+
+    @property
+    def listening(self) -> wire.CoordinatorListening:
+        """The endpoints really bound."""
+        return wire.CoordinatorListening(
+            client_endpoint=self._clients.endpoint, worker_endpoint=self._workers.endpoint
+        )
+
+    def stop(self) -> None:
+        """End every request with `abort` and leave, at the next turn of the loop."""
+        if self._exit_code is None:
+            self._exit_code = 0
+
+    def run(self) -> int:
+        """Serve until stopped or a rank is lost."""
+        poller = zmq.Poller()
+        poller.register(self._clients.socket, zmq.POLLIN)
+        poller.register(self._workers.socket, zmq.POLLIN)
+        try:
+            while self._exit_code is None:
+                poller.poll(_POLL_MS)
+                self._turn()
+            self._leave()
+        finally:
+            self._clients.close()
+            self._workers.close()
+            self._context.term()
+        return self._exit_code
+
+    # --- one turn of the loop ------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._clock.work_begins()
+        while (received := self._workers.receive()) is not None:
+            self._from_worker(*received)
+        while (received := self._clients.receive()) is not None:
+            self._from_client(*received)
+        self._plan_steps()
+        for client in self._outbox.send(self._clients.send):
+            self._client_gone(client)
+        self._ping_workers()
+        self._clock.work_ends(self._scheduler is not None and self._scheduler.has_unfinished)
+
+    def _plan_steps(self) -> None:
+        if self._scheduler is None:
+            return
+        while (plan := self._scheduler.schedule(time.monotonic())) is not None:
+            self._to_workers(plan.to_message(_EPOCH))
+            self._clock.step_left(len(self._scheduler.running), len(plan.rows))
+
+    # --- clients -------------------------------------------------------------------------------------------
+
+    def _from_client(self, client: bytes, frame: bytes) -> None:
+        try:
+            message = wire.decode_client(frame)
+            if isinstance(message, wire.AddRequest):
+                self._add(client, message)
+            elif isinstance(message, wire.AbortRequests):
+                self._abort(client, message)
+            elif isinstance(message, wire.StatsRequest):
+                self._clients.send(client, wire.encode(self._stats()))
+            else:
+                self._hello(client, message)
+        except WireError as error:
+            log.warning("client %s: %s", client.hex(), error)
+            self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
+
+    def _hello(self, client: bytes, message: wire.Hello) -> None:
+        if message.protocol != wire.PROTOCOL_VERSION:
+            raise WireError(f"protocol {message.protocol} is not {wire.PROTOCOL_VERSION}: use matching versions")
+        if len(self._watchers) >= _MAX_WATCHERS:
+            raise WireError(f"{_MAX_WATCHERS} clients are connected already")
+        self._watchers[client] = None
+        self._clients.send(client, wire.encode(self._status))
+
+    def _add(self, client: bytes, message: wire.AddRequest) -> None:
+        if self._scheduler is None:
+            error: NanoVLLMError = EngineDeadError(f"the engine is {self._status.state}: wait until it is ready")
+            self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
+            return
+        if self._scheduler.get((client, message.id)) is not None:
+            raise WireError(f"request id {message.id} is already running")
+        params = message.params
+        try:
+            request = Request(
+                key=(client, message.id),
+                tokens=array("i", wire.unpack_ints(message.prompt)),
+                params=params,
+                seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+                arrival=time.monotonic(),
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+                bad_words=message.bad_words,
+            )
+            self._scheduler.add(request)
+        except NanoVLLMError as error:
+            self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
+
+    def _abort(self, client: bytes, message: wire.AbortRequests) -> None:
+        reason = "stop" if message.reason == "stop" else "abort"
+        if self._scheduler is not None:
+            for request_id in message.ids:
+                request = self._scheduler.abort((client, request_id), reason)
+                if request is not None:
+                    self._outbox.finished(request, time.monotonic())
+
+    def _client_gone(self, client: bytes) -> None:
+        self._watchers.pop(client, None)
+        if self._scheduler is not None:
+            for request in self._scheduler.requests():
+                if request.key[0] == client:
+                    self._scheduler.abort(request.key)
+
+    def _set_status(self, status: wire.EngineStatus) -> None:
+        if status == self._status:
+            return
+        self._status = status
+        frame = wire.encode(status)
+        for client in [c for c in self._watchers if not self._clients.send(c, frame)]:
+            self._client_gone(client)
+
+    def _stats(self) -> wire.EngineStats:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}, 0.0, {}, {})
+        stats = scheduler.stats
+        return wire.EngineStats(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            free_blocks=scheduler.pool.num_free,
+            num_blocks=scheduler.pool.num_usable,
+            steps=stats.steps,
+            prompt_tokens=stats.prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            preemptions=stats.preemptions,
+            finished=stats.finished,
+            seconds_since_step=time.monotonic() - self._last_step if scheduler.has_unfinished else 0.0,
+            host_us_per_step=self._clock.host_us_per_step(),
+            batch_histogram=self._clock.batch_histogram,
+        )
+
+    # --- workers -------------------------------------------------------------------------------------------
+
+    def _from_worker(self, identity: bytes, frame: bytes) -> None:
+        rank = self._rank_of(identity)
+        if rank is None:
+            log.warning("a frame from an unknown worker %s was dropped", identity.hex())
+            return
+        try:
+            message = wire.decode_from_worker(frame)
+            if isinstance(message, wire.StepResult):
+                self._commit(message)
+            elif isinstance(message, wire.WorkerFailed):
+                self._fail(message.error)
+            else:
+                self._start(rank, message)
+        except WireError as error:
+            log.warning("rank %d: %s", rank, error)
+
+    def _rank_of(self, identity: bytes) -> int | None:
+        for rank in range(len(self._startup.ranks)):
+            if identity == wire.worker_identity(rank):
+                return rank
+        return None
+
+    def _start(
+        self,
+        rank: int,
+        message: wire.WorkerHello | wire.WorkerProgress | wire.CacheMeasured | wire.WorkerReady,
+    ) -> None:
+        state = self._startup.ranks[rank]
+        if isinstance(message, wire.WorkerHello):
+            state.said_hello = True
+            self._rendezvous = message.rendezvous or self._rendezvous
+            if self._startup.all_said_hello:
+                for other in range(1, len(self._startup.ranks)):
+                    self._to_worker(other, wire.encode(wire.Rendezvous(self._rendezvous)))
+        elif isinstance(message, wire.WorkerProgress):
+            self._startup.progress(rank, message.phase, message.done, message.total)
+        elif isinstance(message, wire.CacheMeasured):
+            state.num_blocks = message.num_blocks
+            if self._startup.num_blocks:
+                self._to_workers(wire.AllocateCache(self._startup.num_blocks))
+        else:
+            self._startup.progress(rank, "ready", 0, 0)
+            if self._startup.all_ready:
+                self._ready()
+                return
+        slowest = self._startup.slowest()
+        self._set_status(wire.EngineStatus("starting", slowest.phase, slowest.done, slowest.total))
+
+    def _ready(self) -> None:
+        config, num_blocks = self.config, self._startup.num_blocks
+        self._scheduler = Scheduler(config, num_blocks, self.model.vocab_size, self.model.eos_token_ids)
+        info = wire.EngineInfo(
+            version=__version__,
+            model=config.served_model_name or config.model,
+            model_path=config.model,
+            architecture=self.model.architecture,
+            device=config.device,
+            dtype=config.dtype,
+            tensor_parallel_size=config.tensor_parallel_size,
+            vocab_size=self.model.vocab_size,
+            max_total_tokens=self._scheduler.max_total_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_queued=config.max_num_queued_reqs,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            eos_token_ids=list(self.model.eos_token_ids),
+        )
+        gc.collect()
+        gc.freeze()  # what lives until the end need not be walked in the middle of a step
+        self._set_status(wire.EngineStatus("ready", info=info))
+        log.info("ready: %d blocks of %d tokens", num_blocks, config.block_size)
+
+    def _commit(self, result: wire.StepResult) -> None:
+        scheduler = self._scheduler
+        plan = scheduler.oldest_in_flight if scheduler is not None else None
+        if scheduler is None or plan is None or (result.epoch, result.step) != (_EPOCH, plan.step):
+            log.warning("the result of step %d of epoch %d was not expected", result.step, result.epoch)
+            return
+        now = self._last_step = time.monotonic()
+        logprobs = {}
+        if result.logprobs or result.prompt_logprobs:
+            by_slot = {row.slot: row.request for row in plan.rows}
+            logprobs = {id(by_slot[slot]): entry for slot, entry in result.logprobs}
+            for slot, first, entries in result.prompt_logprobs:
+                by_slot[slot].prompt_logprobs.update(enumerate(entries, start=first))
+        committed = scheduler.commit(wire.unpack_ints(result.tokens), now)
+        for request, token in committed.tokens:
+            self._outbox.token(request, token, logprobs.get(id(request)))
+        for request in committed.finished:
+            self._outbox.finished(request, now)
+
+    def _to_workers(self, message: wire.ToWorker) -> None:
+        frame = wire.encode(message)
+        for rank in range(len(self._startup.ranks)):
+            self._to_worker(rank, frame)
+
+    def _to_worker(self, rank: int, frame: bytes) -> None:
+        if not self._workers.send(wire.worker_identity(rank), frame):
+            self._fail(wire.ErrorInfo.of(EngineDeadError(f"rank {rank} is gone: its process died or was cut off")))
+
+    def _ping_workers(self) -> None:
+        now = time.monotonic()
+        if now - self._last_ping < _PING_SECONDS:
+            return
+        self._last_ping = now
+        frame = wire.encode(wire.Ping())
+        for rank, state in enumerate(self._startup.ranks):
+            if state.said_hello:
+                self._to_worker(rank, frame)
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def _fail(self, error: wire.ErrorInfo) -> None:
+        if self._exit_code is not None:
+            return
+        log.error("%s", error.message)
+        self._exit_code = 1
+        self._end_all("error", error)
+        self._set_status(wire.EngineStatus("failed", error=error))
+
+    def _leave(self) -> None:
+        if self._exit_code == 0:
+            self._end_all("abort", None)
+            self._set_status(wire.EngineStatus("stopping"))
+        frame = wire.encode(wire.Shutdown())
+        for rank, state in enumerate(self._startup.ranks):
+            if state.said_hello:
+                self._workers.send(wire.worker_identity(rank), frame)
+
+    def _end_all(self, reason: str, error: wire.ErrorInfo | None) -> None:
+        if self._scheduler is not None:
+            for request in self._scheduler.requests():
+                self._scheduler.abort(request.key, reason)
+                self._outbox.finished(request, time.monotonic(), error)
+        self._outbox.send(self._clients.send)
+
+
+def main() -> int:
+    """Process entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=wire.CoordinatorSpec)
+        coordinator = Coordinator(spec, read_model_config(spec.config.model, spec.config.hf_overrides))
+    except (NanoVLLMError, msgspec.MsgspecError) as error:
+        log.error("%s", error)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: coordinator.stop())
+    sys.stdout.write(msgspec.json.encode(coordinator.listening).decode() + "\n")
+    sys.stdout.flush()
+    return coordinator.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

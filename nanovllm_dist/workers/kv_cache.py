@@ -1,0 +1,45 @@
+"""The paged KV cache of one rank: how many blocks fit, and their tensors. It does not know who holds a block."""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm_dist.errors import ConfigError
+
+KVCache = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def blocks_that_fit(cache_bytes: int, block_bytes: int, most_useful: int) -> int:
+    """Blocks for `cache_bytes`, no more than `most_useful`. Raises ConfigError below two (one is the null block)."""
+    blocks = min(cache_bytes // block_bytes, most_useful)
+    if blocks < 2:
+        raise ConfigError(
+            f"{cache_bytes} bytes for the KV cache hold {cache_bytes // block_bytes} blocks of {block_bytes} bytes, "
+            "and at least 2 are needed: raise kv_cache_memory or memory_utilization, or lower block_size"
+        )
+    return blocks
+
+
+def allocate(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """Keys and values per layer, each [num_blocks, block_size, num_kv_heads, head_dim].
+
+    Zeros, because a masked key of garbage may be NaN, and NaN times probability zero is NaN.
+    """
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    return [
+        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(num_layers)
+    ]

@@ -1,0 +1,150 @@
+"""The worker process of one rank: connects, loads, then runs the steps it is sent, in order.
+
+    python -m nanovllm_dist.workers.worker < spec.json
+
+It reads a `WorkerSpec` from standard input. It decides nothing: a step it cannot run ends the process with the
+error as its last message.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import zmq
+
+from nanovllm_dist.errors import EngineDeadError, NanoVLLMError
+from nanovllm_dist.models.config import read_model_config
+from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.sockets import Channel
+from nanovllm_dist.workers.platform import get_platform
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+T = TypeVar("T", bound="wire.ToWorker")
+log = logging.getLogger("worker")
+
+# The coordinator pings every second; this long without a word and it is gone
+_SILENCE_SECONDS = 60.0
+_PROGRESS_SECONDS = 0.1
+
+
+class _LeaveError(Exception):
+    """The coordinator sent Shutdown."""
+
+
+class Worker:
+    """One rank, from its first message to its last."""
+
+    def __init__(self, spec: wire.WorkerSpec) -> None:
+        self._spec = spec
+        self._context = zmq.Context()
+        self._channel = Channel(
+            self._context, spec.worker_endpoint, wire.WORKER_FRAME_LIMIT, spec.keys, wire.worker_identity(spec.rank)
+        )
+        self._last_progress = 0.0
+
+    def run(self) -> int:
+        """Serve until told to leave. Returns the exit code."""
+        try:
+            self._serve()
+        except _LeaveError:
+            return 0
+        except Exception as error:
+            log.exception("rank %d failed", self._spec.rank)
+            self._send(wire.WorkerFailed(wire.ErrorInfo.of(error)))
+            return 1
+        finally:
+            self._channel.close()
+            self._context.term()
+        return 0
+
+    def _serve(self) -> None:
+        # torch and the model are imported late: the import takes seconds, and errors in it must be reported too
+        from nanovllm_dist.workers.model_runner import ModelRunner
+
+        spec, config = self._spec, self._spec.config
+        platform = get_platform(config.device)
+        model_config = read_model_config(config.model, config.hf_overrides)
+        device = platform.open_device(spec.device_index, config)
+        comm = platform.connect(spec.rank, config.tensor_parallel_size, self._rendezvous())
+        self._progress("load", 0, 0)
+        runner = ModelRunner(config, model_config, platform, comm, device)
+        runner.load(lambda done, total: self._progress("load", done, total))
+        self._progress("profile", 0, 0)
+        self._send(wire.CacheMeasured(runner.measure_blocks()))
+        runner.allocate(self._expect(wire.AllocateCache).num_blocks)
+        gc.collect()
+        gc.freeze()
+        self._send(wire.WorkerReady())
+        self._steps(runner.execute)
+
+    def _steps(self, execute: Callable[[wire.Step], wire.StepResult | None]) -> None:
+        while True:
+            result = execute(self._expect(wire.Step))
+            if result is not None:
+                self._send(result)
+
+    def _rendezvous(self) -> Store | None:
+        """The store over which the ranks find each other; rank 0 serves it on a port of the system's choosing."""
+        from torch.distributed import TCPStore
+
+        spec, world_size = self._spec, self._spec.config.tensor_parallel_size
+        if world_size == 1:
+            self._send(wire.WorkerHello(spec.rank, os.getpid()))
+            return None
+        if spec.rank == 0:
+            store = TCPStore(spec.host, 0, world_size, is_master=True, wait_for_workers=False)
+            self._send(wire.WorkerHello(0, os.getpid(), f"{spec.host}:{store.port}"))
+            return store
+        self._send(wire.WorkerHello(spec.rank, os.getpid()))
+        host, _colon, port = self._expect(wire.Rendezvous).address.rpartition(":")
+        return TCPStore(host, int(port), world_size, is_master=False)
+
+    def _expect(self, kind: type[T]) -> T:
+        """The next message of that kind; pings are passed over."""
+        while True:
+            frame = self._channel.receive(_SILENCE_SECONDS)
+            if frame is None:
+                raise EngineDeadError(f"the coordinator has been silent for {_SILENCE_SECONDS:.0f} s")
+            message = wire.decode_to_worker(frame)
+            if isinstance(message, kind):
+                return message
+            if isinstance(message, wire.Shutdown):
+                raise _LeaveError
+            if not isinstance(message, wire.Ping):
+                raise EngineDeadError(f"expected {kind.__name__}, got {type(message).__name__}")
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done in (0, total) or now - self._last_progress > _PROGRESS_SECONDS:
+            self._last_progress = now
+            self._send(wire.WorkerProgress(phase, done, total))
+
+    def _send(self, message: wire.FromWorker) -> None:
+        self._channel.send(wire.encode(message))
+
+
+def main() -> int:
+    """Process entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to handle; it ends us in order
+    try:
+        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=wire.WorkerSpec)
+        worker = Worker(spec)
+    except (NanoVLLMError, msgspec.MsgspecError) as error:
+        log.error("%s", error)
+        return 1
+    return worker.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
