@@ -44,7 +44,9 @@ class AsyncDistLLM:
         """The model's tokenizer."""
         return self._client.tokenizer
 
-    async def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
         """Run one prompt to its end; gather several for a batch. Cancelling the task ends the request."""
         params = sampling_params or SamplingParams()
         last: RequestOutput | None = None

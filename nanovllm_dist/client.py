@@ -265,9 +265,7 @@ def encode_prompt(client: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
 class _Deliver:
     """Puts the finished output of prompt `index` into a queue, and counts its tokens on the way."""
 
-    def __init__(
-        self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int, progress: TokenProgress
-    ) -> None:
+    def __init__(self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int, progress: TokenProgress) -> None:
         self._done, self._index, self._progress = done, index, progress
 
     def __call__(self, output: RequestOutput) -> None:
@@ -291,9 +289,7 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _params_for(
-    batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
+def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(batch)
     if len(params) != len(batch):

@@ -21,6 +21,7 @@ from typing import Protocol
 import zmq
 
 from nanovllm_dist.errors import EngineConnectError, EngineDeadError, NanoVLLMError, WireError, error_from_code
+from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
 
@@ -63,7 +64,7 @@ class Connection:
         self._lock = threading.Lock()
         self._last_heard = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._channel = Channel(self._context, address, wire.WORKER_FRAME_LIMIT, _read_keys(address, key_file))
+        self._channel = Channel(self._context, address, wire.RESULT_FRAME_LIMIT, _read_keys(address, key_file))
         self._wake_in, self._wake_out = self._pair()
         self._thread = threading.Thread(target=self._run, name="nanovllm-connection", daemon=True)
         self._thread.start()
@@ -124,7 +125,7 @@ class Connection:
     def submit(
         self,
         prompt: bytes,
-        params: wire.SamplingParams,
+        params: SamplingParams,
         sink: Sink,
         *,
         bad_words: list[bytes] | None = None,

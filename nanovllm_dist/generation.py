@@ -114,7 +114,10 @@ class Generation:
         params = self.params
         if params.n == 1:
             return params
-        fields: dict[str, int | None] = {"n": 1, "seed": (params.seed + index) & _SEED_MASK if params.seed is not None else None}
+        fields: dict[str, int | None] = {
+            "n": 1,
+            "seed": (params.seed + index) & _SEED_MASK if params.seed is not None else None,
+        }
         if index > 0:
             fields["prompt_logprobs"] = None
         return msgspec.structs.replace(params, **fields)

@@ -91,7 +91,6 @@ class RequestOutput:
         return getattr(self, key)
 
 
-
 def unpack_logprobs(entry: TokenLogprobs) -> tuple[list[int], list[float]]:
     """Token ids and natural-log probabilities of one position, the chosen token first. Raises WireError."""
     ids = unpack_ints(entry.ids)

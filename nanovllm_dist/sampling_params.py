@@ -84,7 +84,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or positive")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
-        _require(_finite(self.presence_penalty, -2.0, 2.0), "presence_penalty", self.presence_penalty, "between -2 and 2")
+        _require(
+            _finite(self.presence_penalty, -2.0, 2.0), "presence_penalty", self.presence_penalty, "between -2 and 2"
+        )
         _require(
             _finite(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", self.frequency_penalty, "between -2 and 2"
         )
@@ -112,7 +114,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _require(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "a non-empty list, or None for all")
         if self.logit_bias is not None:
             for token, bias in self.logit_bias.items():
-                _require(token >= 0 and _finite(bias, -100.0, 100.0), "logit_bias", {token: bias}, "biases in [-100, 100]")
+                _require(
+                    token >= 0 and _finite(bias, -100.0, 100.0), "logit_bias", {token: bias}, "biases in [-100, 100]"
+                )
 
     def _check_contradictions(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

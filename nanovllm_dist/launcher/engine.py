@@ -5,11 +5,12 @@ Used by the command line and by `DistLLM`. It does not know requests.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,21 +54,28 @@ class Engine:
         self._finalizer = weakref.finalize(self, _stop, deployment, self._watcher)
 
     @classmethod
-    def start(cls, config: EngineConfig, progress: ProgressCallback | None = None) -> Engine:
+    def start(cls, config: EngineConfig, progress: ProgressCallback | bool = False) -> Engine:
         """Resolve `config`, start every process and wait until requests can be served.
 
-        `progress` is called in the calling thread; with it, a model that must be fetched shows bars on stderr.
+        `progress` is called in the calling thread, or True for a display on stderr; with either, a model that must
+        be fetched shows bars there.
 
         Raises:
             ConfigError, ModelNotFoundError, UnsupportedModelError: before any process has started.
             EngineStartError: a process failed or took too long; `__cause__` is its typed error where it gave one.
                 Nothing is left running, also when the wait is interrupted.
         """
-        report = progress or _silent
+        if isinstance(progress, bool):
+            with _display(progress) as report:
+                return cls._start(config, report, fetch_bars=progress)
+        return cls._start(config, progress, fetch_bars=True)
+
+    @classmethod
+    def _start(cls, config: EngineConfig, report: ProgressCallback, fetch_bars: bool) -> Engine:
         report(Progress("resolve"))
         if launcher_kind(config) == "ray":  # importing it takes a second: do so while the model is looked up
             threading.Thread(target=_import_ray_backend, daemon=True).start()
-        resolved, _ = resolve_config(config, progress=progress is not None)
+        resolved, _ = resolve_config(config, progress=fetch_bars)
         deadline = time.monotonic() + resolved.startup_timeout
         deployment = Deployment(resolved)
         try:
@@ -102,6 +110,10 @@ class Engine:
             raise self._watcher.death
         return ended
 
+    def on_death(self, callback: Callable[[NanoVLLMError], None]) -> None:
+        """Call `callback` with an EngineDeadError, in another thread, if a process ends on its own."""
+        self._watcher.on_death(callback)
+
     def stop(self) -> None:
         """End running requests with `abort`, end every process, remove the run directory. Idempotent."""
         self._finalizer()
@@ -115,6 +127,8 @@ class _Watcher:
         self.ended = threading.Event()
         self._stopping = threading.Event()
         self._deployment = deployment
+        self._callbacks: list[Callable[[NanoVLLMError], None]] = []
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="nanovllm-watcher", daemon=True)
         self._thread.start()
 
@@ -129,9 +143,24 @@ class _Watcher:
         while not self._stopping.wait(self._deployment.backend.poll_seconds):
             process = self._deployment.dead()
             if process is not None and not self._stopping.is_set():
-                self.death = EngineDeadError(process_report(process, process.poll() or 0))
-                self.ended.set()
+                self._died(EngineDeadError(process_report(process, process.poll() or 0)))
                 return
+
+    def on_death(self, callback: Callable[[NanoVLLMError], None]) -> None:
+        """Call `callback` at the death, or now if it was before."""
+        with self._lock:
+            self._callbacks.append(callback)
+            death = self.death
+        if death is not None:
+            callback(death)
+
+    def _died(self, error: EngineDeadError) -> None:
+        with self._lock:
+            self.death = error
+            callbacks = list(self._callbacks)
+        self.ended.set()
+        for callback in callbacks:
+            callback(error)
 
 
 def _stop(deployment: Deployment, watcher: _Watcher) -> None:
@@ -139,8 +168,15 @@ def _stop(deployment: Deployment, watcher: _Watcher) -> None:
     deployment.end()
 
 
-def _silent(progress: Progress) -> None:
-    """No display."""
+@contextlib.contextmanager
+def _display(wanted: bool) -> Iterator[ProgressCallback]:
+    if not wanted:
+        yield lambda progress: None
+        return
+    from nanovllm_dist.launcher.start_display import StartDisplay
+
+    with StartDisplay() as display:
+        yield display
 
 
 def _import_ray_backend() -> None:
@@ -152,7 +188,7 @@ def _import_ray_backend() -> None:
 
 def _wait_ready(deployment: Deployment, deadline: float, report: ProgressCallback) -> wire.EngineInfo:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel = Channel(context, deployment.address, wire.WORKER_FRAME_LIMIT, deployment.keys)
+    channel = Channel(context, deployment.address, wire.RESULT_FRAME_LIMIT, deployment.keys)
     try:
         channel.send(wire.encode(wire.Hello()))
         while time.monotonic() < deadline:
@@ -193,7 +229,9 @@ def _start_error(deployment: Deployment, error: wire.ErrorInfo) -> EngineStartEr
     deadline = time.monotonic() + _REASON_SECONDS
     while (worker := _failed_worker(deployment)) is None and time.monotonic() < deadline:
         time.sleep(deployment.backend.poll_seconds)
-    where, log = ("", "") if worker is None else (f"{worker.name}: ", f"{LOG_HEADING}{worker.name}:\n{worker.log_tail()}")
+    where, log = (
+        ("", "") if worker is None else (f"{worker.name}: ", f"{LOG_HEADING}{worker.name}:\n{worker.log_tail()}")
+    )
     failure = EngineStartError(f"{where}{error.message}{log}")
     failure.__cause__ = error.to_exception()
     return failure

@@ -136,9 +136,7 @@ def _write_weights(reader: Any, config: dict[str, Any], path: Path, progress: bo
     path.chmod(0o644)  # save_file leaves it to the owner alone, and a cache may be shared
 
 
-def _dequantised(
-    reader: Any, config: dict[str, Any], progress: bool
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+def _dequantised(reader: Any, config: dict[str, Any], progress: bool) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     import numpy as np
     from gguf.quants import dequantize
     from tqdm import tqdm

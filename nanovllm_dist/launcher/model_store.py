@@ -5,9 +5,11 @@ It knows names and places, not what is inside a checkpoint. Only data is fetched
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanovllm_dist.errors import ConfigError, ModelNotFoundError
@@ -15,7 +17,7 @@ from nanovllm_dist.launcher.packaged_model import ALIASES, resolve_alias
 
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 IGNORE_PATTERNS = ["original/*", "consolidated*.safetensors", "onnx/*"]  # second copies of the weights
-_ETAG_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 10.0
 
 # how a bare name begins -> the organisation that publishes it, per hub
 _FAMILIES = {
@@ -86,64 +88,73 @@ def _repo_of_family(name: str, hub: str) -> str | None:
     return None
 
 
+class _HubError(Exception):
+    """Why a hub gave nothing, in words for the user."""
+
+
 def _from_hub(name: str, repo: str, hub: str, progress: bool, looked: list[str]) -> Path:
     fetch = _from_huggingface if hub == "huggingface" else _from_modelscope
-    cached = fetch(repo, local_only=True, progress=progress)
-    if isinstance(cached, Path) and _has_all_weights(cached):
-        return cached
-    looked.append(f"the local cache of {hub} ({repo})")
-    found = fetch(repo, local_only=False, progress=progress)
-    looked.append(f"{hub}: {repo}")
-    if isinstance(found, str):
-        raise _not_found(name, looked, f"{hub} said: {found}")
-    return _checked(found)
+    with contextlib.suppress(_HubError):
+        cached = fetch(repo, local_only=True, progress=progress)
+        if _has_all_weights(cached):
+            return cached
+    looked.append(f"the local cache of {hub}: {repo}")
+    try:
+        return _checked(fetch(repo, local_only=False, progress=progress))
+    except _HubError as error:
+        raise _not_found(name, [*looked, f"{hub}: {repo}"], f"{hub} said: {error}") from error.__cause__
 
 
-def _from_huggingface(repo: str, *, local_only: bool, progress: bool) -> Path | str:
-    """The snapshot's directory, or why there is none."""
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+def _from_huggingface(repo: str, *, local_only: bool, progress: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    with contextlib.nullcontext() if progress else _no_hub_progress():
+        try:
+            if not local_only:
+                # snapshot_download's own first question has no time limit and hangs where a firewall drops packets
+                HfApi().model_info(repo, timeout=_CONNECT_TIMEOUT_S)
+            snapshot = snapshot_download(
+                repo, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS, local_files_only=local_only
+            )
+        except GatedRepoError as error:
+            raise _HubError(f"{repo} is gated: accept its licence on its page, then run `hf auth login`") from error
+        except RepositoryNotFoundError as error:
+            raise _HubError(f"there is no {repo}, or it is private: `hf auth login` if it is yours") from error
+        except Exception as error:  # the HTTP library beneath, and so its errors, changes between releases
+            raise _HubError(_first_line(error)) from error
+    return Path(snapshot)
+
+
+@contextlib.contextmanager
+def _no_hub_progress() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    silence = not progress and not are_progress_bars_disabled()
-    if silence:
-        disable_progress_bars()
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                allow_patterns=ALLOW_PATTERNS,
-                ignore_patterns=IGNORE_PATTERNS,
-                etag_timeout=_ETAG_TIMEOUT_S,
-                local_files_only=local_only,
-            )
-        )
-    except GatedRepoError:
-        return f"{repo} is gated: accept its licence on its page, then run `hf auth login`"
-    except RepositoryNotFoundError:
-        return f"there is no {repo}, or it is private and you are not logged in (`hf auth login`)"
-    except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
-        return _first_line(error)
+        yield
     finally:
-        if silence:
-            enable_progress_bars()
+        enable_progress_bars()
 
 
-def _from_modelscope(repo: str, *, local_only: bool, progress: bool) -> Path | str:
-    """The snapshot's directory, or why there is none."""
+def _from_modelscope(repo: str, *, local_only: bool, progress: bool) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError:
-        raise ConfigError("hub=modelscope needs the modelscope extra: pip install 'nanovllm_dist[modelscope]'") from None
-    try:
+        raise ConfigError(
+            "hub=modelscope needs the modelscope extra: pip install 'nanovllm_dist[modelscope]'"
+        ) from None
+    try:  # it has no switch for its progress bars
         return Path(
             snapshot_download(
                 repo, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS, local_files_only=local_only
             )
         )
     except Exception as error:  # its errors share no base class
-        return _first_line(error)
+        raise _HubError(_first_line(error)) from error
 
 
 def _has_all_weights(directory: Path) -> bool:

@@ -192,5 +192,3 @@ def _lock(models_dir: Path, alias: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-

@@ -85,7 +85,9 @@ def _dtype(config: EngineConfig, directory: Path, platform: Platform) -> str:
     dtype = str(named).removeprefix("torch.")
     supported = [name for name in get_args(Dtype) if name != "auto"]
     if dtype not in supported:
-        raise UnsupportedModelError(f"config.json: dtype={dtype!r}: set the dtype option to one of {', '.join(supported)}")
+        raise UnsupportedModelError(
+            f"config.json: dtype={dtype!r}: set the dtype option to one of {', '.join(supported)}"
+        )
     return dtype
 
 

@@ -13,6 +13,14 @@ from typing import Any
 from nanovllm_dist.errors import ModelNotFoundError, UnsupportedModelError
 
 _IGNORED_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_REQUIRED_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_OPTIONAL_ROPE_NUMBERS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+_DEFAULT_HEAD_DIM = {"Qwen3ForCausalLM": 128}  # of configs that do not state one; others divide hidden_size
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,15 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
         raise UnsupportedModelError(
             f"config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
-    if raw.get("head_dim") is None and hidden_size % num_heads:
-        raise UnsupportedModelError(f"config.json: no head_dim, and hidden_size={hidden_size} / {num_heads} heads is no integer")
+    if raw.get("head_dim") is None and architecture not in _DEFAULT_HEAD_DIM and hidden_size % num_heads:
+        raise UnsupportedModelError(
+            f"config.json: no head_dim, and hidden_size={hidden_size} / {num_heads} heads is no integer"
+        )
     bias = bool(raw.get("attention_bias", False))
+    max_positions = _integer(raw, "max_position_embeddings", 2048)
+    head_dim = _integer(raw, "head_dim", _DEFAULT_HEAD_DIM.get(architecture, hidden_size // num_heads))
+    if head_dim % 2:
+        raise UnsupportedModelError(f"config.json: head_dim={head_dim} is odd: rotary embedding needs pairs")
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
@@ -88,11 +102,11 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
         num_layers=_integer(raw, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_integer(raw, "head_dim", hidden_size // num_heads),
+        head_dim=head_dim,
         vocab_size=_integer(raw, "vocab_size"),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_rope(raw),
-        max_position_embeddings=_integer(raw, "max_position_embeddings", 2048),
+        rope=_rope(raw, max_positions),
+        max_position_embeddings=max_positions,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",
         o_bias=bias and architecture != "Qwen2ForCausalLM",
@@ -108,22 +122,34 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"config.json: hidden_act={activation!r} is not supported, only 'silu'")
     if raw.get("use_sliding_window"):
         raise UnsupportedModelError("config.json: use_sliding_window=true is not supported")
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+        raise UnsupportedModelError("config.json: layer_types other than full_attention are not supported")
     if raw.get("quantization_config"):
         raise UnsupportedModelError("config.json: quantization_config: quantized checkpoints are not supported")
 
 
-def _rope(raw: dict[str, Any]) -> RopeConfig:
+def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling
     block = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = str(block.get("rope_type") or block.get("type") or "default")
-    if kind not in ("default", "linear", "llama3", "yarn"):
+    if kind not in _REQUIRED_ROPE_KEYS:
         raise UnsupportedModelError(
-            f"config.json: rope_type={kind!r} is not supported; supported are default, linear, llama3 and yarn"
+            f"config.json: rope_type={kind!r} is not supported; supported are {', '.join(_REQUIRED_ROPE_KEYS)}"
         )
+    if "mrope_section" in block or any(isinstance(value, dict) for value in block.values()):
+        raise UnsupportedModelError("config.json: RoPE by sections or by layer type is not supported")
     if float(block.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedModelError("config.json: partial_rotary_factor other than 1 is not supported")
     theta = float(block.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     params = {key: value for key, value in block.items() if key not in _IGNORED_ROPE_KEYS}
+    if kind in ("llama3", "yarn"):
+        trained_length = raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
+        params["original_max_position_embeddings"] = trained_length or max_positions
+    if kind == "yarn" and "factor" in params and params["factor"] is None:
+        params["factor"] = max_positions / params["original_max_position_embeddings"]
+    for key in (*_REQUIRED_ROPE_KEYS[kind], *(key for key in _OPTIONAL_ROPE_NUMBERS if params.get(key) is not None)):
+        if isinstance(params.get(key), bool) or not isinstance(params.get(key), int | float) or params[key] <= 0:
+            raise UnsupportedModelError(f"config.json: RoPE {kind} needs a positive {key}, not {params.get(key)!r}")
     return RopeConfig(kind, theta, params)
 
 

@@ -47,7 +47,7 @@ class Coordinator:
         self.model = model
         self._context = zmq.Context()
         self._clients = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
-        self._workers = Server(self._context, spec.worker_endpoint, wire.WORKER_FRAME_LIMIT, spec.keys)
+        self._workers = Server(self._context, spec.worker_endpoint, wire.RESULT_FRAME_LIMIT, spec.keys)
         self._startup = Startup(spec.config.tensor_parallel_size)
         self._status = wire.EngineStatus("starting", "start")
         self._watchers: dict[bytes, None] = {}
@@ -62,9 +62,7 @@ class Coordinator:
     @property
     def listening(self) -> wire.CoordinatorListening:
         """The endpoints really bound."""
-        return wire.CoordinatorListening(
-            client_endpoint=self._clients.endpoint, worker_endpoint=self._workers.endpoint
-        )
+        return wire.CoordinatorListening(client_endpoint=self._clients.endpoint, worker_endpoint=self._workers.endpoint)
 
     def stop(self) -> None:
         """End every request with `abort` and leave, at the next turn of the loop."""
@@ -90,7 +88,7 @@ class Coordinator:
     # --- one turn of the loop ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        self._clock.work_begins()
+        self._clock.work_begins(time.perf_counter())
         while (received := self._workers.receive()) is not None:
             self._from_worker(*received)
         while (received := self._clients.receive()) is not None:
@@ -99,14 +97,15 @@ class Coordinator:
         for client in self._outbox.send(self._clients.send):
             self._client_gone(client)
         self._ping_workers()
-        self._clock.work_ends(self._scheduler is not None and self._scheduler.has_unfinished)
+        unfinished = self._scheduler is not None and self._scheduler.has_unfinished
+        self._clock.work_ends(time.perf_counter(), unfinished)
 
     def _plan_steps(self) -> None:
         if self._scheduler is None:
             return
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._to_workers(plan.to_message(_EPOCH))
-            self._clock.step_left(len(self._scheduler.running), len(plan.rows))
+            self._clock.step_left(time.perf_counter(), len(self._scheduler.running), len(plan.rows))
 
     # --- clients -------------------------------------------------------------------------------------------
 

@@ -54,14 +54,20 @@ class Outbox:
 
     def refused(self, client: bytes, request_id: int, error: ErrorInfo) -> None:
         """A request that was never queued."""
-        self._parcel(client).finished.append(Finished(request_id, "error", RequestTimes(-1.0, -1.0, 0.0, 0, 0), None, error))
+        self._parcel(client).finished.append(
+            Finished(request_id, "error", RequestTimes(-1.0, -1.0, 0.0, 0, 0), None, error)
+        )
 
     def send(self, send: Callable[[bytes, bytes], bool]) -> list[bytes]:
         """Hand each client's message to `send(identity, frame)`; returns the clients that are gone."""
         gone = []
         for client, parcel in self._parcels.items():
             message = Outputs(
-                pack_ints(parcel.ids), pack_ints(parcel.tokens), parcel.finished, parcel.logprobs, parcel.prompt_logprobs
+                pack_ints(parcel.ids),
+                pack_ints(parcel.tokens),
+                parcel.finished,
+                parcel.logprobs,
+                parcel.prompt_logprobs,
             )
             if not send(client, encode(message)):
                 gone.append(client)

@@ -86,4 +86,3 @@ class Request:
             num_cached_tokens=max(0, self.first_cached),
             num_preemptions=self.num_preemptions,
         )
-

@@ -335,7 +335,8 @@ class Scheduler:
             assert request.num_computed + request.num_scheduled <= covered, "tokens without a block"
             assert request.num_tokens <= request.max_total <= self.max_total_tokens
         for request in waiting:
-            assert not request.blocks and request.num_computed == request.num_scheduled == 0
+            assert not request.blocks
+            assert request.num_computed == request.num_scheduled == 0
 
 
 def _sort_key(request: Request) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from nanovllm_dist.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 1
 CLIENT_FRAME_LIMIT = 16 * 2**20
-WORKER_FRAME_LIMIT = 1 * 2**30
+RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
+STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -404,17 +405,17 @@ def decode_client(frame: bytes) -> ClientMessage:
 
 def decode_server(frame: bytes) -> ServerMessage:
     """Decode what the coordinator sent to a client. Raises WireError."""
-    return _decode(_server_decoder, frame, WORKER_FRAME_LIMIT)
+    return _decode(_server_decoder, frame, RESULT_FRAME_LIMIT)
 
 
 def decode_to_worker(frame: bytes) -> ToWorker:
     """Decode what the coordinator sent to a worker. Raises WireError."""
-    return _decode(_to_worker_decoder, frame, WORKER_FRAME_LIMIT)
+    return _decode(_to_worker_decoder, frame, STEP_FRAME_LIMIT)
 
 
 def decode_from_worker(frame: bytes) -> FromWorker:
     """Decode what a worker sent. Raises WireError."""
-    return _decode(_from_worker_decoder, frame, WORKER_FRAME_LIMIT)
+    return _decode(_from_worker_decoder, frame, RESULT_FRAME_LIMIT)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, limit: int) -> T:

@@ -39,7 +39,9 @@ class Server:
     Raises EngineConnectError when the endpoint cannot be bound.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, frame_limit: int, keys: Keys | None) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, frame_limit: int, keys: Keys | None
+    ) -> None:
         self._authenticator: ThreadAuthenticator | None = None
         self._own_context: zmq.Context[zmq.Socket[bytes]] | None = None
         if endpoint.startswith("tcp:"):  # a context has one authenticator, and each server its own keys
@@ -117,7 +119,12 @@ class Channel:
     """A DEALER connected to one server; usable by one thread."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, frame_limit: int, keys: Keys | None, identity: bytes = b""
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        frame_limit: int,
+        keys: Keys | None,
+        identity: bytes = b"",
     ) -> None:
         self.endpoint = endpoint
         self.socket = context.socket(zmq.DEALER)

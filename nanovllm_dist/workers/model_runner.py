@@ -33,7 +33,12 @@ class ModelRunner:
     """Load, measure, allocate, then `execute` steps. `config` is resolved."""
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, platform: Platform, comm: Communicator, device: torch.device
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        platform: Platform,
+        comm: Communicator,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -97,9 +102,7 @@ class ModelRunner:
         bad_words = [unpack_ints(word) for word in row.bad_words]
         self._table.set(row.slot, row.params, row.seed, row.prompt_len, bad_words)
 
-    def _sample(
-        self, hidden: torch.Tensor, inputs: StepInputs
-    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+    def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
         if not len(inputs.sample_slots):
             return torch.empty(0, dtype=torch.int64, device=self._device), []
         logits = self.model.compute_logits(hidden[inputs.sample_index])
@@ -107,9 +110,7 @@ class ModelRunner:
         if logits is None:
             tokens = torch.empty(len(inputs.sample_slots), dtype=torch.int64, device=self._device)
         else:
-            sampled = self._sampler.sample(
-                logits, inputs.sample_slots, inputs.sample_positions, self._batch.token_ids
-            )
+            sampled = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, self._batch.token_ids)
             tokens, logprobs = sampled.token_ids, sampled.logprobs
         tokens = self._comm.broadcast(tokens)
         self._batch.append(inputs, tokens)

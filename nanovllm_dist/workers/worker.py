@@ -48,7 +48,7 @@ class Worker:
         self._spec = spec
         self._context = zmq.Context()
         self._channel = Channel(
-            self._context, spec.worker_endpoint, wire.WORKER_FRAME_LIMIT, spec.keys, wire.worker_identity(spec.rank)
+            self._context, spec.worker_endpoint, wire.STEP_FRAME_LIMIT, spec.keys, wire.worker_identity(spec.rank)
         )
         self._last_progress = 0.0
 

@@ -91,7 +91,9 @@ class SimulatedWorker:
         assert sorted(counts, key=lambda count: count > 1) == counts, "decodes must come first"
         for slot, count in zip(slots, counts, strict=True):  # all writes of a layer precede its reads
             self._write(self.rows[slot], count)
-        return [token for slot, count in zip(slots, counts, strict=True) for token in self._read(self.rows[slot], count)]
+        return [
+            token for slot, count in zip(slots, counts, strict=True) for token in self._read(self.rows[slot], count)
+        ]
 
     def _write(self, row: WorkerRow, count: int) -> None:
         for position in range(row.num_computed, row.num_computed + count):

@@ -1,0 +1,100 @@
+"""Prompts of a command line, or of a JSONL file, as checked jobs. It runs nothing and knows no engine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm_dist.errors import ConfigError, InvalidSamplingParamsError
+from nanovllm_dist.launcher.invocation import Invocation
+from nanovllm_dist.sampling_params import SamplingParams
+
+_INPUTS = ("prompt", "messages")
+_KEYS = (*_INPUTS, "id", *SamplingParams.__struct_fields__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to answer: text, token ids, or a conversation (a list of {"role", "content"})."""
+
+    prompt: str | list[int] | list[dict[str, Any]]
+    params: SamplingParams
+    id: str | int | None = None
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether `prompt` is a list of messages."""
+        return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
+
+
+def read_jobs(invocation: Invocation) -> list[Job]:
+    """The jobs of an invocation; none when it serves or chats. Raises ConfigError with the number of a bad line."""
+    mode = invocation.mode
+    if mode.output and not Path(mode.output).absolute().parent.is_dir():
+        raise ConfigError(f"--output {mode.output}: there is no such directory")
+    if mode.prompts_file:
+        return list(_read_file(mode.prompts_file, invocation.sampling))
+    if not all(mode.prompt):
+        raise ConfigError("--prompt is empty")
+    return [Job(prompt, invocation.params) for prompt in mode.prompt]
+
+
+def _read_file(path: str, defaults: dict[str, Any]) -> Iterator[Job]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts-file {path}: {error}") from None
+    if not any(line.strip() for line in lines):
+        raise ConfigError(f"--prompts-file {path}: the file is empty")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield _job(json.loads(line), defaults)
+            except (ValueError, TypeError) as error:  # our own errors are ValueErrors too
+                raise ConfigError(f"--prompts-file {path}, line {number}: {error}") from None
+
+
+def _job(record: Any, defaults: dict[str, Any]) -> Job:
+    if not isinstance(record, dict):
+        raise ConfigError('expected an object such as {"prompt": "..."}')
+    for key in record:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(key, _KEYS, n=1)
+            raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    given = [key for key in _INPUTS if key in record]
+    if len(given) != 1:
+        raise ConfigError("expected one of `prompt` and `messages`")
+    prompt = record.pop(given[0])
+    _check_messages(prompt) if given[0] == "messages" else _check_prompt(prompt)
+    identifier = record.pop("id", None)
+    if identifier is not None and not isinstance(identifier, str | int):
+        raise ConfigError("id is neither a string nor an integer")
+    return Job(prompt, _params({**defaults, **record}), identifier)
+
+
+def _check_prompt(prompt: Any) -> None:
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_ids):
+        raise ConfigError("prompt is neither a text nor a list of token ids, or it is empty")
+
+
+def _check_messages(messages: Any) -> None:
+    def is_message(message: Any) -> bool:
+        return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+
+    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+        raise ConfigError('messages is not a list of {"role": ..., "content": ...}')
+
+
+def _params(fields: dict[str, Any]) -> SamplingParams:
+    bias = fields.get("logit_bias")
+    if isinstance(bias, dict):  # JSON has no integer keys
+        fields["logit_bias"] = {int(token): value for token, value in bias.items()}
+    try:
+        return SamplingParams(**fields)
+    except InvalidSamplingParamsError as error:
+        raise ConfigError(str(error)) from None

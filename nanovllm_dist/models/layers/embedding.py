@@ -1,0 +1,78 @@
+"""The vocabulary cut over ranks: token embeddings on the way in, logits on the way out, one shared weight if tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm_dist.models.layers.linear_kernel import LinearKernel, pack_linear
+from nanovllm_dist.models.layers.shard import Shard, empty_parameter
+from nanovllm_dist.models.parallel import Communicator
+from nanovllm_dist.models.partition import balanced_range
+
+
+class VocabWeight(nn.Module):
+    """This rank's rows of a [vocab, hidden] tensor, with zero rows below up to the largest rank's count."""
+
+    def __init__(
+        self, name: str, vocab: int, hidden: int, comm: Communicator, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._name = name
+        self._shape = (vocab, hidden)
+        self.ranges = [balanced_range(vocab, comm.world_size, rank) for rank in range(comm.world_size)]
+        self.start, self.end = self.ranges[comm.rank]
+        padded_rows = max(end - start for start, end in self.ranges)
+        self.weight = empty_parameter(padded_rows, hidden, dtype=dtype, device=device)
+        self.weight[self.end - self.start :].zero_()
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's rows."""
+        rows = self.weight[: self.end - self.start]
+        yield Shard(self._name, rows, self._shape, 0, self.start, self.end)
+
+
+class VocabEmbedding(nn.Module):
+    """Token ids [T] -> embeddings [T, hidden], equal on all ranks."""
+
+    def __init__(self, rows: VocabWeight, comm: Communicator) -> None:
+        super().__init__()
+        self._rows = rows
+        self._comm = comm
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See the class; ids are int64 in [0, vocab)."""
+        if self._comm.world_size == 1:
+            return F.embedding(input_ids, self._rows.weight)
+        elsewhere = (input_ids < self._rows.start) | (input_ids >= self._rows.end)
+        local_ids = (input_ids - self._rows.start).masked_fill(elsewhere, 0)
+        embeddings = F.embedding(local_ids, self._rows.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self._comm.all_reduce(embeddings)
+
+
+class LMHead(nn.Module):
+    """Hidden states [N, hidden] -> logits [N, vocab] in float32 on rank 0, None elsewhere."""
+
+    def __init__(self, rows: VocabWeight, comm: Communicator) -> None:
+        super().__init__()
+        self._rows = rows
+        self._comm = comm
+        self._kernel: LinearKernel | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """See the class. Every rank must call it."""
+        logits = self._kernel(hidden) if self._kernel is not None else F.linear(hidden, self._rows.weight)
+        parts = self._comm.gather(logits)
+        if parts is None:
+            return None
+        if len(parts) == 1:
+            return parts[0].float()
+        sizes = [end - start for start, end in self._rows.ranges]
+        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1).float()
+
+    def finalize(self) -> None:
+        """Repack the weight for the device; after loading. The plain one stays, as the embedding may share it."""
+        self._kernel = pack_linear(self._rows.weight, None)

@@ -1,0 +1,41 @@
+"""Weights repacked for the CPU's matrix kernels, where that is faster than torch's own linear.
+
+oneDNN keeps a weight in the blocked layout that its kernels want. Measured on a Zen 4 core at the shapes of a
+135M model, against `F.linear`: bf16 1.6 to 2.5 times as fast at 1 to 16 rows, 1.1 to 1.3 at 64, equal from 256
+on; fp32 1.2 to 2.9 times at 1 to 64 rows, 1.1 to 1.3 above. It knows nothing of sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+LinearKernel = Callable[[torch.Tensor], torch.Tensor]
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
+    """A function x [T, in] -> x @ weight.T + bias [T, out] over a packed copy of `weight`, or None.
+
+    None means that `F.linear` is to be used: another device or dtype, an empty weight, or a torch without oneDNN.
+    """
+    if not _can_pack(weight):
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = linear(x, packed, bias, "none", [], "")
+        return output
+
+    return kernel
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.numel() == 0:
+        return False
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32

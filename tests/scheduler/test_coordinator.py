@@ -1,0 +1,386 @@
+"""The coordinator over real sockets: clients and ranks come, misbehave and go, and every request ends once.
+
+The ranks here are threads that speak the worker's protocol over an imaginary model (see `simulation`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import zmq
+from simulation import EOS, VOCAB, SimulatedWorker, expected_output, make_config
+
+from nanovllm_dist.connection import Connection
+from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
+from nanovllm_dist.models.config import ModelConfig, parse_model_config
+from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.scheduler.coordinator import Coordinator
+from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.sockets import Channel
+
+BLOCKS = 40
+
+
+def model_config() -> ModelConfig:
+    """A model of the simulated vocabulary."""
+    return parse_model_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": VOCAB,
+            "eos_token_id": EOS,
+        }
+    )
+
+
+class Rank(threading.Thread):
+    """A rank that answers the protocol; `pause` holds its next step back."""
+
+    def __init__(self, endpoint: str, rank: int = 0, num_blocks: int = BLOCKS, step_seconds: float = 0.0) -> None:
+        super().__init__(daemon=True)
+        self.endpoint, self.rank, self.num_blocks, self.step_seconds = endpoint, rank, num_blocks, step_seconds
+        self.worker = SimulatedWorker(block_size=4, budget=32)
+        self.allocated = 0
+        self.vanish = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        channel = Channel(context, self.endpoint, wire.STEP_FRAME_LIMIT, None, wire.worker_identity(self.rank))
+        channel.send(wire.encode(wire.WorkerHello(self.rank, 0, "here:1" if self.rank == 0 else "")))
+        channel.send(wire.encode(wire.WorkerProgress("load", 1, 2)))
+        channel.send(wire.encode(wire.CacheMeasured(self.num_blocks)))
+        while not self.vanish.is_set():
+            frame = channel.receive(0.05)
+            if frame is None:
+                continue
+            message = wire.decode_to_worker(frame)
+            if isinstance(message, wire.Shutdown):
+                break
+            if isinstance(message, wire.AllocateCache):
+                self.allocated = message.num_blocks
+                channel.send(wire.encode(wire.WorkerReady()))
+            elif isinstance(message, wire.Step):
+                time.sleep(self.step_seconds)
+                tokens = self.worker.run(frame)
+                if self.rank == 0:
+                    channel.send(
+                        wire.encode(wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], [], 1))
+                    )
+        channel.close()
+        context.term()
+
+
+@dataclass
+class Sink:
+    """Records what one request is told."""
+
+    tokens: list[int] = field(default_factory=list)
+    ends: list[object] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def on_token(self, token: int, logprobs: wire.TokenLogprobs | None) -> None:
+        self.tokens.append(token)
+
+    def on_prompt_logprobs(self, positions: list[wire.TokenLogprobs]) -> None:
+        """Not asked for here."""
+
+    def on_finished(self, finished: wire.Finished) -> None:
+        self.ends.append(finished)
+        self.done.set()
+
+    def on_error(self, error: NanoVLLMError) -> None:
+        self.ends.append(error)
+        self.done.set()
+
+    def wait(self) -> object:
+        assert self.done.wait(10), "the request never ended"
+        return self.ends[0]
+
+
+class Engine:
+    """A coordinator in a thread, with its ranks."""
+
+    def __init__(self, directory: Path, world_size: int = 1, step_seconds: float = 0.0, **options: object) -> None:
+        config = make_config(tensor_parallel_size=world_size, **options)
+        spec = wire.CoordinatorSpec(
+            config=config, client_endpoint=f"ipc://{directory}/c", worker_endpoint=f"ipc://{directory}/w"
+        )
+        self.coordinator = Coordinator(spec, model_config())
+        self.address = self.coordinator.listening.client_endpoint
+        self.worker_endpoint = self.coordinator.listening.worker_endpoint
+        self.exit_code: int | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        self.ranks = [
+            Rank(self.worker_endpoint, rank, BLOCKS + 10 * rank, step_seconds) for rank in range(world_size)
+        ]
+        self.connections: list[Connection] = []
+
+    def _run(self) -> None:
+        self.exit_code = self.coordinator.run()
+
+    def connect(self) -> Connection:
+        connection = Connection(self.address)
+        self.connections.append(connection)
+        connection.wait_ready(10)
+        return connection
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        self.coordinator.stop()
+        self.thread.join(10)
+        for rank in self.ranks:
+            rank.vanish.set()
+            rank.join(10)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(tmp_path)
+    yield engine
+    engine.stop()
+
+
+def submit(connection: Connection, prompt: list[int], **params: object) -> tuple[int, Sink]:
+    """Send one greedy request."""
+    sink = Sink()
+    merged = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | params))  # type: ignore[arg-type]
+    return connection.submit(array("i", prompt).tobytes(), merged, sink), sink
+
+
+def output_of(prompt: list[int], max_tokens: int) -> list[int]:
+    return expected_output(prompt, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens), 64)
+
+
+def test_the_cache_is_the_smallest_that_any_rank_measured(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, world_size=3)
+    info = engine.connect().wait_ready(10)
+    assert info.num_blocks == BLOCKS
+    assert [rank.allocated for rank in engine.ranks] == [BLOCKS] * 3
+    engine.stop()
+    assert engine.exit_code == 0
+
+
+def test_two_clients_get_their_own_tokens(engine: Engine) -> None:
+    first, second = engine.connect(), engine.connect()
+    sinks = [(prompt, submit(client, prompt, max_tokens=9)[1]) for client in (first, second) for prompt in ([1], [2, 3])]
+    for prompt, sink in sinks:
+        end = sink.wait()
+        assert isinstance(end, wire.Finished)
+        assert (end.reason, sink.tokens) == ("length", output_of(prompt, 9))
+        assert len(sink.ends) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([VOCAB + 1], {}, "outside the vocabulary"),
+        ([1] * 80, {}, "at most"),
+        ([1], {"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+    ],
+)
+def test_a_bad_request_is_told_why_and_others_go_on(
+    engine: Engine, prompt: list[int], params: dict[str, object], message: str
+) -> None:
+    connection = engine.connect()
+    _, good = submit(connection, [5], max_tokens=20)
+    _, bad = submit(connection, prompt, **params)
+
+    end = bad.wait()
+
+    assert isinstance(end, wire.Finished)
+    assert end.error is not None
+    with pytest.raises(InvalidRequestError, match=message):
+        raise end.error.to_exception()
+    good.wait()
+    assert good.tokens == output_of([5], 20)
+
+
+@pytest.mark.parametrize("frame", [b"", b"\xc1garbage", b"\x91" * 50_000, b"\x92\xa8AddRequest\x01", b"\x91\xa5Hello\x01"])
+@pytest.mark.parametrize("door", ["clients", "workers"])
+def test_a_garbage_frame_harms_nobody(engine: Engine, frame: bytes, door: str) -> None:
+    connection = engine.connect()
+    _, running = submit(connection, [5], max_tokens=30)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    endpoint = engine.address if door == "clients" else engine.worker_endpoint
+    stranger = Channel(context, endpoint, wire.CLIENT_FRAME_LIMIT, None)
+    stranger.send(frame)
+    if door == "clients":
+        answer = stranger.receive(5)
+        assert answer is not None
+        assert isinstance(wire.decode_server(answer), wire.ProtocolError | wire.EngineStatus)
+    stranger.close()
+    context.term()
+    running.wait()
+    assert running.tokens == output_of([5], 30)
+
+
+@pytest.mark.parametrize("door", ["clients", "workers"])
+def test_an_oversized_frame_harms_nobody(engine: Engine, door: str) -> None:
+    connection = engine.connect()
+    endpoint, limit = (engine.address, wire.CLIENT_FRAME_LIMIT)
+    if door == "workers":
+        endpoint, limit = engine.worker_endpoint, wire.RESULT_FRAME_LIMIT
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = Channel(context, endpoint, limit, None)
+    stranger.send(bytes(limit + 1))
+    _, good = submit(connection, [5], max_tokens=5)
+    good.wait()
+    stranger.close()
+    context.destroy(linger=0)
+    assert good.tokens == output_of([5], 5)
+
+
+def test_a_rank_that_speaks_nonsense_is_ignored_until_it_speaks_sense(engine: Engine) -> None:
+    engine.coordinator._from_worker(wire.worker_identity(0), b"nonsense")
+    engine.coordinator._from_worker(
+        wire.worker_identity(0), wire.encode(wire.StepResult(0, 999, wire.pack_ints([1]), [], [], 1))
+    )
+    _, sink = submit(engine.connect(), [4], max_tokens=4)
+    sink.wait()
+    assert sink.tokens == output_of([4], 4)
+
+
+def test_an_abort_ends_a_request_once_and_frees_its_blocks(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, step_seconds=0.01)
+    connection = engine.connect()
+    request_id, sink = submit(connection, [1, 2], max_tokens=None)
+    while not sink.tokens:
+        time.sleep(0.005)
+    connection.abort([request_id, request_id, 12345])
+    end = sink.wait()
+    assert isinstance(end, wire.Finished)
+    assert end.reason == "abort"
+    connection.abort([request_id])
+    stats = connection.stats()
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+    assert len(sink.ends) == 1
+    engine.stop()
+
+
+def test_requests_of_a_client_that_vanished_are_ended(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, step_seconds=0.01)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    vanishing = Channel(context, engine.address, wire.CLIENT_FRAME_LIMIT, None)
+    watching = engine.connect()
+    add = wire.AddRequest(1, wire.pack_ints([1]), SamplingParams(max_tokens=None, ignore_eos=True))
+    vanishing.send(wire.encode(add))
+    assert vanishing.receive(5) is not None
+    vanishing.close()
+    context.destroy(linger=0)
+    deadline = time.monotonic() + 5
+    while watching.stats().running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stats = watching.stats()
+    assert (stats.running, stats.free_blocks) == (0, stats.num_blocks)
+    assert stats.finished == {"abort": 1}
+    engine.stop()
+
+
+def test_when_a_rank_is_lost_every_request_ends_with_an_error_within_seconds(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, world_size=2, step_seconds=0.02)
+    connection = engine.connect()
+    sinks = [submit(connection, [index], max_tokens=None)[1] for index in range(12)]
+    while not sinks[0].tokens:
+        time.sleep(0.005)
+    engine.ranks[1].vanish.set()
+    for sink in sinks:
+        end = sink.wait()
+        error = end.error.to_exception() if isinstance(end, wire.Finished) and end.error else end
+        assert isinstance(error, EngineDeadError)
+        assert "rank 1" in str(error)
+        assert len(sink.ends) == 1
+    engine.thread.join(10)
+    assert engine.exit_code == 1
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        submit(connection, [1])
+    engine.stop()
+
+
+def test_a_failing_rank_during_start_reports_its_error(tmp_path: Path) -> None:
+    spec = wire.CoordinatorSpec(
+        config=make_config(), client_endpoint=f"ipc://{tmp_path}/c", worker_endpoint=f"ipc://{tmp_path}/w"
+    )
+    coordinator = Coordinator(spec, model_config())
+    thread = threading.Thread(target=coordinator.run, daemon=True)
+    thread.start()
+    connection = Connection(coordinator.listening.client_endpoint)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    channel = Channel(context, f"ipc://{tmp_path}/w", 1000, None, wire.worker_identity(0))
+    channel.send(wire.encode(wire.WorkerFailed(wire.ErrorInfo("weights", "model.norm.weight is missing"))))
+    with pytest.raises(NanoVLLMError, match=r"model\.norm\.weight is missing"):
+        connection.wait_ready(10)
+    thread.join(10)
+    connection.close()
+    channel.close()
+    context.term()
+
+
+def test_stopping_ends_running_requests_with_abort(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, step_seconds=0.01)
+    connection = engine.connect()
+    _, sink = submit(connection, [1], max_tokens=None)
+    while not sink.tokens:
+        time.sleep(0.005)
+    engine.coordinator.stop()
+    end = sink.wait()
+    assert isinstance(end, wire.Finished)
+    assert end.reason == "abort"
+    engine.thread.join(10)
+    assert engine.exit_code == 0
+    engine.stop()
+
+
+def test_512_requests_through_two_clients_on_a_tenth_of_the_cache_end_exactly_once(tmp_path: Path) -> None:
+    import random
+
+    rng = random.Random(0)
+    engine = Engine(tmp_path, max_steps_in_flight=2)
+    clients = [engine.connect(), engine.connect()]
+    live: list[tuple[Connection, int, list[int], int, Sink]] = []
+    for index in range(512):
+        client = clients[index % 2]
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+        max_tokens = rng.randint(1, 30)
+        request_id, sink = submit(client, prompt, max_tokens=max_tokens)
+        live.append((client, request_id, prompt, max_tokens, sink))
+        if rng.random() < 0.1:
+            victim = rng.choice(live)
+            victim[0].abort([victim[1]])
+    for _client, _id, prompt, max_tokens, sink in live:
+        end = sink.wait()
+        assert isinstance(end, wire.Finished)
+        expected = output_of(prompt, max_tokens)
+        assert sink.tokens == (expected if end.reason == "length" else expected[: len(sink.tokens)])
+    stats = clients[0].stats()
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+    assert sum(stats.finished.values()) == 512
+    assert all(len(sink.ends) == 1 for *_rest, sink in live)
+    engine.stop()
+
+
+def test_an_address_where_nothing_answers_is_an_error_within_the_timeout(tmp_path: Path) -> None:
+    from nanovllm_dist.errors import EngineConnectError
+
+    with pytest.raises(EngineConnectError, match="does not exist"):
+        Connection(f"ipc://{tmp_path}/nobody")
+    with pytest.raises(EngineConnectError, match="ipc://"):
+        Connection("http://localhost")
+    with pytest.raises(EngineConnectError, match="key file"):
+        Connection("tcp://127.0.0.1:1")
+
+
+def test_a_prompt_over_the_frame_limit_is_refused_before_it_is_sent(engine: Engine) -> None:
+    with pytest.raises(WireError, match="over the limit"):
+        submit(engine.connect(), [1] * (wire.CLIENT_FRAME_LIMIT // 4 + 1))
