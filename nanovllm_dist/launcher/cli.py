@@ -6,6 +6,7 @@ neither torch nor transformers nor Ray, so that the engine's processes can start
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any, NoReturn
 
@@ -26,7 +27,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 def launch(
     context: typer.Context,
-    model: o.Model = None,
     prompt: o.Prompt = None,
     prompts_file: o.PromptsFile = None,
     output: o.Output = None,
@@ -34,6 +34,7 @@ def launch(
     raw: o.Raw = None,
     config: o.ConfigFile = None,
     version: o.Version = None,
+    model: o.Model = None,
     served_model_name: o.ServedModelName = None,
     tokenizer: o.Tokenizer = None,
     hub: o.HubName = None,
@@ -111,14 +112,13 @@ def _serve(address: str, key_file: Any, wait: Any) -> None:
     key = f" key-file={key_file}" if key_file is not None else ""
     typer.echo(f"ready {address}{key}")
     sys.stdout.flush()
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         wait()
-    except KeyboardInterrupt:
-        pass  # the way to end it
 
 
 def _invocation(context: typer.Context) -> Invocation:
-    given = {name: value for name, value in context.params.items() if value is not None and name != "version"}
+    # an option that may be repeated and is not given is an empty list or tuple
+    given = {name: value for name, value in context.params.items() if value not in (None, [], ()) and name != "version"}
     path = given.pop("config", None)
     if path is not None:
         given = {**read_config_file(path, _option_names(context)), **given}

@@ -229,10 +229,10 @@ def _start_error(deployment: Deployment, error: wire.ErrorInfo) -> EngineStartEr
     deadline = time.monotonic() + _REASON_SECONDS
     while (worker := _failed_worker(deployment)) is None and time.monotonic() < deadline:
         time.sleep(deployment.backend.poll_seconds)
-    where, log = (
-        ("", "") if worker is None else (f"{worker.name}: ", f"{LOG_HEADING}{worker.name}:\n{worker.log_tail()}")
-    )
-    failure = EngineStartError(f"{where}{error.message}{log}")
+    message = error.message
+    if worker is not None:
+        message = f"{worker.name}: {message}{LOG_HEADING}{worker.name}:\n{worker.log_tail()}"
+    failure = EngineStartError(message)
     failure.__cause__ = error.to_exception()
     return failure
 

@@ -8,6 +8,7 @@ dtype loads the same values, the file is half as large, and the published checkp
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -113,11 +114,16 @@ def hf_name(gguf_name: str) -> str:
     return f"model.layers.{match[1]}.{_PER_LAYER[match[2]]}.weight"
 
 
+def require_gguf() -> None:
+    """Raise ConfigError if the `gguf` package is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("reading GGUF needs the package gguf: pip install 'nanovllm_dist[cpu]'")
+
+
 def _open(source: Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("reading GGUF needs the package gguf: pip install 'nanovllm_dist[cpu]'") from None
+    require_gguf()
+    import gguf
+
     try:
         return gguf.GGUFReader(source)
     except (ValueError, IndexError, KeyError) as error:

@@ -54,15 +54,15 @@ class Invocation:
 
 def build_invocation(options: Mapping[str, Any]) -> Invocation:
     """Check options by name. Raises ConfigError, InvalidSamplingParamsError."""
-    given = {name: value for name, value in options.items() if value is not None and value != []}
+    given = {name: value for name, value in options.items() if value is not None}
     if "model" not in given:
         raise ConfigError("no model was named: give --model, or model: in the --config file")
     mode = _mode({name: given.pop(name) for name in Mode.__struct_fields__ if name in given})
     sampling = {name: given.pop(name) for name in list(given) if name in _SAMPLING_FIELDS}
     if sampling and mode.serves:
         raise ConfigError(
-            f"{_flags(sampling)} is about answers: it needs --prompt, --prompts-file or --chat "
-            "(clients of a running engine send their own)"
+            f"without --prompt, --prompts-file or --chat there is nothing for {_flags(sampling)} to apply to: "
+            "clients of a running engine send their own"
         )
     if not mode.serves:
         sampling.setdefault("max_tokens", None if mode.chat else _PROMPT_MAX_TOKENS)

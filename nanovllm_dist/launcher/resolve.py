@@ -41,7 +41,7 @@ def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineC
     resolved = config.replace(
         model=str(directory),
         served_model_name=config.served_model_name or config.model,
-        tokenizer=config.tokenizer or str(directory),
+        tokenizer=_tokenizer(config, directory, progress),
         device=platform.name,
         dtype=_dtype(config, directory, platform),
         max_model_len=_model_length(config, model),
@@ -57,6 +57,12 @@ def _model_directory(config: EngineConfig, progress: bool) -> Path:
     from nanovllm_dist.launcher.model_store import resolve_model
 
     return resolve_model(config.model, hub=config.hub, progress=progress)
+
+
+def _tokenizer(config: EngineConfig, directory: Path, progress: bool) -> str:
+    if not config.tokenizer or Path(config.tokenizer).is_dir():
+        return config.tokenizer or str(directory)
+    return str(_model_directory(config.replace(model=config.tokenizer), progress))
 
 
 def launcher_kind(config: EngineConfig) -> str:
@@ -85,9 +91,7 @@ def _dtype(config: EngineConfig, directory: Path, platform: Platform) -> str:
     dtype = str(named).removeprefix("torch.")
     supported = [name for name in get_args(Dtype) if name != "auto"]
     if dtype not in supported:
-        raise UnsupportedModelError(
-            f"config.json: dtype={dtype!r}: set the dtype option to one of {', '.join(supported)}"
-        )
+        raise UnsupportedModelError(f"config.json: dtype={dtype!r}: set the dtype option: {', '.join(supported)}")
     return dtype
 
 

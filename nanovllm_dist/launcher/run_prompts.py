@@ -45,8 +45,8 @@ def run_jobs(engine: Engine, mode: Mode, jobs: list[Job]) -> None:
 
 def prepare(llm: DistLLM, job: Job, raw: bool) -> Any:
     """What the engine is given: a conversation, or text for a model that chats, goes through the chat template."""
-    if job.is_conversation:
-        return llm.tokenizer.apply_chat_template(job.prompt)
+    if job.messages is not None:
+        return llm.tokenizer.apply_chat_template(job.messages)
     if raw or not isinstance(job.prompt, str) or not llm.tokenizer.has_chat_template:
         return job.prompt
     return llm.tokenizer.apply_chat_template([{"role": "user", "content": job.prompt}])
@@ -87,7 +87,7 @@ def _writer(path: str | None) -> Iterator[TextIO]:
 
 def _record(job: Job, output: RequestOutput) -> dict[str, Any]:
     record: dict[str, Any] = {} if job.id is None else {"id": job.id}
-    record["messages" if job.is_conversation else "prompt"] = job.prompt
+    record |= {"prompt": job.prompt} if job.messages is None else {"messages": job.messages}
     if output.error is not None:
         return {**record, "error": {"code": output.error.code, "message": str(output.error)}}
     answers = [
@@ -101,9 +101,8 @@ def _record(job: Job, output: RequestOutput) -> dict[str, Any]:
 def _write_statistics(outputs: list[RequestOutput], seconds: float) -> None:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     generated = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
-    first = sorted(
-        output.metrics.first_token for output in outputs if output.metrics and output.metrics.first_token >= 0
-    )
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
+    first = sorted(one.first_token for one in metrics if one.first_token >= 0)
     wait = f", first token after {first[len(first) // 2]:.3f} s" if first else ""
     requests = "1 request" if len(outputs) == 1 else f"{len(outputs)} requests"
     line = f"{requests}: {prompt} prompt + {generated} new tokens in {seconds:.2f} s"

@@ -29,9 +29,8 @@ class Supervisor:
 
     def __init__(self) -> None:
         parent = tempfile.gettempdir()
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="nanovllm-", dir=parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp")
-        )
+        parent = parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp"
+        self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=parent))
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(self.directory), str(os.getpid())],
             stdin=subprocess.PIPE,

@@ -13,7 +13,7 @@ import torch
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.models.config import ModelConfig
-from nanovllm_dist.models.layers.attention import TorchAttention
+from nanovllm_dist.models.layers.torch_attention import TorchAttention
 from nanovllm_dist.models.loader import dummy_weights, load_weights
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.registry import build_model

@@ -97,7 +97,6 @@ def _draw_from_keys(keys: Tensor, options: DrawOptions, row_mass: Tensor) -> tup
     total = torch.where(has_top_k, until[:, -1:], row_mass.unsqueeze(1))
     nucleus = total.double() * _column(options.top_p, device)
     kept = (until - mass < nucleus) & (weights >= _column(options.min_p, device))
-    kept[:, 0] = True
     complete = torch.where(has_top_k, top_k <= width, until[:, -1:] >= nucleus).squeeze(1)
     ids, by_id = ids.sort(-1)
     mass = (mass * kept).gather(1, by_id)
@@ -129,8 +128,8 @@ def _as_integers(weights: Tensor) -> Tensor:
 
 
 def _threshold(total: Tensor, options: DrawOptions, device: torch.device) -> Tensor:
-    share = torch.from_numpy(options.uniform).to(device) * total.double()
-    return torch.minimum(share.to(torch.int64), total - 1)
+    # a uniform is at most 1 - 2**-53, so the product stays below the total after rounding too
+    return (torch.from_numpy(options.uniform).to(device) * total.double()).to(torch.int64)
 
 
 def _locate(mass: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:

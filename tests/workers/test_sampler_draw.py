@@ -9,9 +9,12 @@ from sampling_reference import final_distribution, run_sampler
 
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.workers.sampler import Sampler
+from nanovllm_dist.workers.sampling_blocks import block_max
+from nanovllm_dist.workers.sampling_draw import DrawOptions, draw, draw_filtered
 from nanovllm_dist.workers.sampling_random import uniform
 from nanovllm_dist.workers.sampling_table import SamplingTable
 
+LARGEST_UNIFORM = 1 - 2.0**-53
 MIXED = [
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=0.7),
@@ -122,7 +125,16 @@ def test_another_position_or_seed_draws_another_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(temperature=1e-6), SamplingParams(top_p=1e-9), SamplingParams(top_k=1)]
+    "params",
+    [
+        SamplingParams(temperature=1e-6),
+        SamplingParams(temperature=1e-60),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(top_p=1e-300, min_p=1.0, top_k=9),
+        SamplingParams(min_p=1.0),
+        SamplingParams(top_k=1),
+    ],
+    ids=repr,
 )
 def test_an_extreme_parameter_gives_the_argmax(params: SamplingParams) -> None:
     logits = (np.random.default_rng(3).standard_normal((64, 5000)) * 100).astype(np.float32)
@@ -183,3 +195,48 @@ def test_one_long_vocabulary_row_is_summed_exactly_enough_to_be_uniform() -> Non
     ]
     wanted = uniform(np.arange(draws, dtype=np.uint64), np.ones(draws, dtype=np.int64))
     assert np.abs(np.array(sampled) - wanted).max() <= 1.0 / vocab_size
+
+
+def test_a_low_temperature_still_draws_between_logits_that_are_close() -> None:
+    logits = np.full((200, 300), -10.0, dtype=np.float32)
+    logits[:, 7], logits[:, 8] = 0.0, 0.001
+
+    params = SamplingParams(temperature=0.001)
+    tokens = run_sampler(logits, [params] * 200, list(range(200)), [[0]] * 200, [1] * 200).token_ids.tolist()
+
+    assert set(tokens) == {7, 8}
+    assert 35 <= tokens.count(7) <= 75  # 200 / (1 + e) = 54
+
+
+def options(rows: int, uniform_value: float, top_k: int = 0, temperature: float = 1.0) -> DrawOptions:
+    return DrawOptions(
+        temperature=np.full(rows, temperature, dtype=np.float32),
+        top_k=np.full(rows, top_k, dtype=np.int64),
+        top_p=np.ones(rows, dtype=np.float64),
+        min_p=np.zeros(rows, dtype=np.float32),
+        uniform=np.full(rows, uniform_value),
+    )
+
+
+@pytest.mark.parametrize("top_k", [0, 4000])
+def test_the_ends_of_the_unit_interval_give_the_first_and_last_possible_token(top_k: int) -> None:
+    rows, vocab_size = 300, 4500
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    logits[:, :40] = -1e9
+    logits[:, 4040:] = -1e9
+    draw_rows = draw_filtered if top_k else draw
+
+    first = draw_rows(logits.clone(), block_max(logits), options(rows, 0.0, top_k))
+    last = draw_rows(logits.clone(), block_max(logits), options(rows, LARGEST_UNIFORM, top_k))
+
+    assert first.tolist() == [40] * rows
+    assert last.tolist() == [4039] * rows
+
+
+def test_the_largest_uniform_is_not_rounded_past_thousands_of_equal_tokens() -> None:
+    logits = torch.full((1, 9000), -1e9)
+    logits[:, :8500] = 0.0
+
+    token = draw_filtered(logits, block_max(logits), options(1, LARGEST_UNIFORM, top_k=8800))
+
+    assert token.tolist() == [8499]

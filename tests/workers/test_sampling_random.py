@@ -48,3 +48,12 @@ def test_uniforms_fill_the_square_of_neighbouring_seeds_and_positions_evenly() -
         counts, _, _ = np.histogram2d(left.ravel(), right.ravel(), bins=10, range=[[0, 1], [0, 1]])
         expected = counts.sum() / 100
         assert ((counts - expected) ** 2 / expected).sum() < 150  # p = 0.0007
+
+
+def test_seeds_apart_by_the_generators_own_step_do_not_share_a_shifted_stream() -> None:
+    step = 0x9E3779B97F4A7C15
+
+    ahead = uniform(np.full(50, 0, dtype=np.uint64), np.arange(1, 51))
+    shifted = uniform(np.full(50, step, dtype=np.uint64), np.arange(50))
+
+    assert not set(ahead.tolist()) & set(shifted.tolist())
