@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from typing_extensions import Self
 
-from nanovllm_dist.client import DistLLM, Prompt, encode_prompt
-from nanovllm_dist.generation import Generation
+from nanovllm_dist.client import DistLLM, Prompt
 from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.tokenizer import Tokenizer
@@ -47,45 +46,25 @@ class AsyncDistLLM:
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
-        """Run one prompt to its end; gather several for a batch. Cancelling the task ends the request."""
-        params = sampling_params or SamplingParams()
-        last: RequestOutput | None = None
-        async for output in self._outputs(prompt, params, streaming=False, **options):
-            last = output
-        if last is None:
-            raise AssertionError("a generation ended without an output")
-        return last
+        """Run one prompt to its end; gather several for a batch. Cancelling the task ends the request.
 
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[RequestOutput]:
-        """Yield what is new as it comes. Leaving the loop early ends the request."""
-        return self._outputs(prompt, sampling_params or SamplingParams(), streaming=True, **options)
-
-    async def _outputs(
-        self, prompt: Prompt, params: SamplingParams, streaming: bool, priority: int = 0, cache_salt: str = ""
-    ) -> AsyncIterator[RequestOutput]:
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        text, ids = encode_prompt(self._client, prompt)
-        tokenizer = self.tokenizer if params.detokenize or params.bad_words else None
-
-        def deliver(output: RequestOutput) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, output)
-
-        generation = Generation(self._client._connection, tokenizer, text, ids, params, deliver, streaming)
-        generation.submit(priority, cache_salt)
+        Raises InvalidRequestError, QueueFullError, EngineDeadError.
+        """
+        stream = AsyncStream(self._client, prompt, sampling_params or SamplingParams(), streaming=False, **options)
         try:
             while True:
-                output = await news.get()
-                if output.error is not None:
-                    raise output.error
-                yield output
+                output = await anext(stream)
                 if output.finished:
-                    return
+                    return output
         finally:
-            if not generation.finished:
-                generation.abort()
+            stream.abort()
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> AsyncStream:
+        """Iterate over what is new as it comes (or the whole so far, with output_kind `cumulative`).
+
+        Letting go of the stream ends the request. Raises as `generate` does.
+        """
+        return AsyncStream(self._client, prompt, sampling_params or SamplingParams(), streaming=True, **options)
 
     async def stats(self) -> EngineStats:
         """The engine's counters now."""
@@ -102,3 +81,49 @@ class AsyncDistLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class AsyncStream:
+    """An async iterator over the RequestOutputs of one prompt, whose request is sent on construction."""
+
+    def __init__(
+        self,
+        client: DistLLM,
+        prompt: Prompt,
+        params: SamplingParams,
+        streaming: bool,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[RequestOutput] = asyncio.Queue()
+
+        def deliver(output: RequestOutput) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(news.put_nowait, output)
+
+        self._news = news
+        self._finished = False
+        self._generation = client.make_generation(prompt, params, deliver, streaming)
+        self._generation.submit(priority, cache_salt)
+
+    def abort(self) -> None:
+        """End the request if it runs; the iteration still yields its last output."""
+        if not self._finished:
+            self._generation.abort()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._finished:
+            raise StopAsyncIteration
+        output = await self._news.get()
+        self._finished = output.finished
+        if output.error is not None:
+            raise output.error
+        return output
+
+    def __del__(self) -> None:
+        if not getattr(self, "_finished", True):
+            self._generation.abort()

@@ -12,7 +12,7 @@ import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,7 @@ class DistLLM:
         self.engine = engine
         self._connection = connection
         self._tokenizer_name = tokenizer
+        self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
         # runs at close, when the client is garbage, and at interpreter exit, whichever is first, and once
         self._finalizer = weakref.finalize(self, _close, engine, connection)
         if engine is not None:
@@ -106,7 +107,7 @@ class DistLLM:
         done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         with TokenProgress(len(batch), enabled=use_tqdm) as progress:
             generations = [
-                self._generation(prompt, one, _Deliver(done, index, progress))
+                self.make_generation(prompt, one, _Deliver(done, index), streaming=False)
                 for index, (prompt, one) in enumerate(zip(batch, params, strict=True))
             ]
             try:
@@ -141,7 +142,6 @@ class DistLLM:
             outstanding -= 1
             if isinstance(output.error, QueueFullError):  # other clients fill the queue: wait for room
                 waiting.append(index)
-                generations[index].error = None
                 not_before = time.monotonic() + _RETRY_SECONDS
                 continue
             if output.error is not None and not return_errors:
@@ -190,7 +190,7 @@ class DistLLM:
         Leaving the loop early ends the request. Raises as `generate` does.
         """
         news: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        generation = self._generation(prompt, sampling_params or SamplingParams(), news.put, streaming=True)
+        generation = self.make_generation(prompt, sampling_params or SamplingParams(), news.put, streaming=True)
         generation.submit(priority, cache_salt)
         try:
             while True:
@@ -204,12 +204,41 @@ class DistLLM:
             if not generation.finished:
                 generation.abort()
 
-    def _generation(
-        self, prompt: Prompt, params: SamplingParams, on_output: Any, streaming: bool = False
+    def make_generation(
+        self, prompt: Prompt, params: SamplingParams, on_output: Callable[[RequestOutput], None], streaming: bool
     ) -> Generation:
-        text, ids = encode_prompt(self, prompt)
+        """A prompt made ready to submit; `on_output` is called on the connection's thread.
+
+        Raises InvalidRequestError for what is not text or token ids.
+        """
+        text, ids = self._encode(prompt)
         tokenizer = self.tokenizer if params.detokenize or params.bad_words else None
-        return Generation(self._connection, tokenizer, text, ids, params, on_output, streaming)
+        generation = Generation(self._connection, tokenizer, text, ids, params, on_output, streaming)
+        self._generations.add(generation)
+        return generation
+
+    def abort(self, request_id: int) -> None:
+        """End the request whose outputs carry this id, from any thread; an unknown or ended one is ignored."""
+        for generation in list(self._generations):
+            if generation.request_id == request_id:
+                generation.abort()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text or None, token ids)."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequestError("the prompt is empty: it needs at least one token")
+            return prompt, self.tokenizer.encode(prompt)
+        ids: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+        wrong = next((token for token in ids if type(token) is not int), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {wrong!r}")
+        outside = next((token for token in ids if not 0 <= token < 2**31), None)
+        if outside is not None:
+            raise InvalidRequestError(f"token id {outside} is outside the vocabulary")
+        if not ids:
+            raise InvalidRequestError("the prompt is empty: it needs at least one token")
+        return None, ids
 
     # --- the rest ------------------------------------------------------------------------------------------
 
@@ -245,28 +274,11 @@ class DistLLM:
 LLM = DistLLM
 
 
-def encode_prompt(client: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
-    """(text or None, token ids) of a prompt. Raises InvalidRequestError for anything else, or an empty one."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty: it needs at least one token")
-        return prompt, client.tokenizer.encode(prompt)
-    if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
-        raise InvalidRequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
-    ids = list(prompt)
-    if not ids:
-        raise InvalidRequestError("the prompt is empty: it needs at least one token")
-    bad = next((token for token in ids if not 0 <= token < 2**31), None)
-    if bad is not None:
-        raise InvalidRequestError(f"token id {bad} is outside the vocabulary")
-    return None, ids
-
-
 class _Deliver:
-    """Puts the finished output of prompt `index` into a queue, and counts its tokens on the way."""
+    """Puts the finished output of prompt `index` into a queue."""
 
-    def __init__(self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int, progress: TokenProgress) -> None:
-        self._done, self._index, self._progress = done, index, progress
+    def __init__(self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int) -> None:
+        self._done, self._index = done, index
 
     def __call__(self, output: RequestOutput) -> None:
         if output.finished:

@@ -60,7 +60,9 @@ class Generation:
         packed = array("i", self.prompt_ids).tobytes()
         incremental = self._tokenizer is not None and (self._streaming or bool(self.params.stop_strings))
         self._answers = [_Answer(self, index, self._tokenizer, incremental) for index in range(self.params.n)]
+        self.abort()  # a full queue may have refused only some of the answers
         self._ids = []
+        self.error = None
         for index, answer in enumerate(self._answers):
             answer.request_id = self._connection.submit(
                 packed, self._params_of(index), answer, bad_words=bad_words, priority=priority, cache_salt=cache_salt
@@ -72,9 +74,9 @@ class Generation:
         self._connection.abort(self._ids, reason)
 
     @property
-    def num_output_tokens(self) -> int:
-        """Tokens generated so far, over all answers."""
-        return sum(len(answer.token_ids) for answer in self._answers)
+    def request_id(self) -> int:
+        """The id that its outputs carry; 0 before it is submitted."""
+        return self._ids[0] if self._ids else 0
 
     @property
     def finished(self) -> bool:
@@ -84,7 +86,7 @@ class Generation:
     def output(self) -> RequestOutput:
         """What is known now, in the asked-for kind; a delta is taken out by this call."""
         return RequestOutput(
-            request_id=self._ids[0] if self._ids else 0,
+            request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids,
             outputs=[answer.output(self._kind) for answer in self._answers],
@@ -104,8 +106,10 @@ class Generation:
         described[ids[0]] = Logprob(values[0], entry.rank, text(ids[0]))
         return described
 
-    def updated(self) -> None:
-        """An answer changed."""
+    def updated(self, answer: _Answer) -> None:
+        """An answer changed; those of an earlier submission no longer count."""
+        if answer not in self._answers:
+            return
         if self._kind != "final" or self.finished:
             self._on_output(self.output())
 
@@ -154,7 +158,7 @@ class _Answer:
             if self._completion.finish_reason is not None:
                 self._generation._connection.abort([self.request_id], "stop")
                 return  # the end comes from the engine, with its times
-        self._generation.updated()
+        self._generation.updated(self)
 
     def on_prompt_logprobs(self, positions: list[wire.TokenLogprobs]) -> None:
         """Log-probabilities of prompt tokens 1..n-1."""
@@ -183,7 +187,7 @@ class _Answer:
     def _end(self, error: NanoVLLMError | None) -> None:
         self.ended = True
         self._generation.error = self._generation.error or error
-        self._generation.updated()
+        self._generation.updated(self)
 
     def _flush_text(self, finished: wire.Finished) -> None:
         if self._detokenizer is not None:

@@ -110,7 +110,8 @@ class _WindowDecoder:
             self._context.insert(0, token)
             if self._decode(self._context):
                 break
-        if _INCOMPLETE not in self._decode(self._context + self._held):
+        run = self._decode(self._context + self._held)[len(self._decode(self._context)) :]
+        if _INCOMPLETE not in run:
             self._context, self._held = self._context + self._held, []
 
     def feed(self, token: int) -> str:

@@ -150,7 +150,8 @@ class Tokenizer:
         return self._template.render(messages, tools, add_generation_prompt, kwargs)
 
     def _split_between_added(self, ids: Sequence[int], skip_special_tokens: bool) -> Iterator[list[int]]:
-        kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        kept = [i for i in ids if i not in skipped and self.token(i) is not None]
         cuts = [at for at, (a, b) in enumerate(pairwise(kept), start=1) if self.is_added(a) and self.is_added(b)]
         for start, end in pairwise([0, *cuts, len(kept)]):
             yield kept[start:end]

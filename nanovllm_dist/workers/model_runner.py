@@ -21,7 +21,7 @@ from nanovllm_dist.wire.messages import NewRow, Step, StepResult, TokenLogprobs,
 from nanovllm_dist.workers import kv_cache
 from nanovllm_dist.workers.batch import Batch, StepInputs
 from nanovllm_dist.workers.logprobs import prompt_logprobs
-from nanovllm_dist.workers.platform import Platform
+from nanovllm_dist.workers.platform.base import Platform
 from nanovllm_dist.workers.sampler import Sampler
 from nanovllm_dist.workers.sampling_table import SamplingTable
 

@@ -93,8 +93,10 @@ class Sampler:
             if len(rows):
                 part = _take(maxima, rows)
                 drawn = draw_rows(_take(logits, rows), part, self._options(slots[rows], num_tokens[rows]))
-                index = _index(rows, logits)
-                tokens[index] = torch.where(part.amax(-1).isfinite(), drawn, tokens[index])
+                drawn = torch.where(part.amax(-1).isfinite(), drawn, _take(tokens, rows))
+                if len(rows) == len(tokens):
+                    return drawn
+                tokens[_index(rows, logits)] = drawn
         return tokens
 
     def _options(self, slots: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> DrawOptions:

@@ -27,7 +27,7 @@ from nanovllm_dist.wire.sockets import Channel
 from nanovllm_dist.workers.platform import get_platform
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T", bound="wire.ToWorker")
 log = logging.getLogger("worker")
@@ -95,7 +95,7 @@ class Worker:
 
     def _rendezvous(self) -> Store | None:
         """The store over which the ranks find each other; rank 0 serves it on a port of the system's choosing."""
-        from torch.distributed import TCPStore
+        from torch._C._distributed_c10d import TCPStore
 
         spec, world_size = self._spec, self._spec.config.tensor_parallel_size
         if world_size == 1:

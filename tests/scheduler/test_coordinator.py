@@ -121,9 +121,7 @@ class Engine:
         self.exit_code: int | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        self.ranks = [
-            Rank(self.worker_endpoint, rank, BLOCKS + 10 * rank, step_seconds) for rank in range(world_size)
-        ]
+        self.ranks = [Rank(self.worker_endpoint, rank, BLOCKS + 10 * rank, step_seconds) for rank in range(world_size)]
         self.connections: list[Connection] = []
 
     def _run(self) -> None:
@@ -174,7 +172,9 @@ def test_the_cache_is_the_smallest_that_any_rank_measured(tmp_path: Path) -> Non
 
 def test_two_clients_get_their_own_tokens(engine: Engine) -> None:
     first, second = engine.connect(), engine.connect()
-    sinks = [(prompt, submit(client, prompt, max_tokens=9)[1]) for client in (first, second) for prompt in ([1], [2, 3])]
+    sinks = [
+        (prompt, submit(client, prompt, max_tokens=9)[1]) for client in (first, second) for prompt in ([1], [2, 3])
+    ]
     for prompt, sink in sinks:
         end = sink.wait()
         assert isinstance(end, wire.Finished)
@@ -207,7 +207,9 @@ def test_a_bad_request_is_told_why_and_others_go_on(
     assert good.tokens == output_of([5], 20)
 
 
-@pytest.mark.parametrize("frame", [b"", b"\xc1garbage", b"\x91" * 50_000, b"\x92\xa8AddRequest\x01", b"\x91\xa5Hello\x01"])
+@pytest.mark.parametrize(
+    "frame", [b"", b"\xc1garbage", b"\x91" * 50_000, b"\x92\xa8AddRequest\x01", b"\x91\xa5Hello\x01"]
+)
 @pytest.mark.parametrize("door", ["clients", "workers"])
 def test_a_garbage_frame_harms_nobody(engine: Engine, frame: bytes, door: str) -> None:
     connection = engine.connect()

@@ -14,7 +14,7 @@ from nanovllm_dist.wire import messages as wire
 
 SAMPLES: list[tuple[object, object]] = [
     (
-        wire.AddRequest(7, wire.pack_ints([1, 2, 3]), SamplingParams(temperature=0.0, stop=["a"]), [b"\0\0\0\0"], 2, "s"),
+        wire.AddRequest(7, wire.pack_ints([1, 2]), SamplingParams(temperature=0.0, stop=["a"]), [b"\0" * 4], 2, "s"),
         wire.decode_client,
     ),
     (wire.AbortRequests([1, 2], "stop"), wire.decode_client),

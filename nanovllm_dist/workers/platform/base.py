@@ -13,6 +13,7 @@ from nanovllm_dist.config import EngineConfig
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.parallel import Communicator
 
@@ -44,7 +45,7 @@ class Platform(ABC):
         """Claim the device for this process."""
 
     @abstractmethod
-    def connect(self, rank: int, world_size: int, store: torch.distributed.Store | None) -> Communicator:
+    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
         """Join the process group over `store`; a world of one needs none."""
 
     @abstractmethod

@@ -12,6 +12,7 @@ from nanovllm_dist.workers.platform.base import Platform
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.parallel import Communicator
 
@@ -51,7 +52,7 @@ class CpuPlatform(Platform):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         return torch.device("cpu")
 
-    def connect(self, rank: int, world_size: int, store: torch.distributed.Store | None) -> Communicator:
+    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
         """Join a gloo group."""
         from nanovllm_dist.models.parallel import GroupCommunicator, SingleRank
 
