@@ -23,7 +23,7 @@ from nanovllm_dist.workers.platform import get_platform
 
 COORDINATOR = "nanovllm_dist.scheduler.coordinator"
 WORKER = "nanovllm_dist.workers.worker"
-_BIND_SECONDS = 60.0
+LOG_HEADING = "\n\nlast lines of the log of "
 _LISTEN_POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
 
@@ -60,23 +60,34 @@ class Deployment:
         """Bring up what starts processes (Ray)."""
         self.backend.open(self.config)
 
-    def launch(self) -> None:
-        """Start the coordinator and all workers; returns when the coordinator listens."""
+    def launch(self, deadline: float) -> None:
+        """Start the coordinator and all workers; returns when the coordinator listens.
+
+        `deadline`: on the monotonic clock, when to give up.
+        """
         sites = self.backend.reserve(self.config, self._platform.ray_resource, self._platform.visible_devices_env)
         client_endpoint, worker_endpoint = self._endpoints(sites)
         if client_endpoint.startswith("tcp:"):
             self.keys = new_keys()
             self._start_coordinator(client_endpoint, worker_endpoint)
-            self._start_workers(sites, self._listening().worker_endpoint)
+            self._start_workers(sites, self._listening(deadline).worker_endpoint)
         else:  # the endpoints are known, and a worker takes longest to start
             self._start_workers(sites, worker_endpoint)
             self._start_coordinator(client_endpoint, worker_endpoint)
-        self.address = self._listening().client_endpoint
+        self.address = self._listening(deadline).client_endpoint
         self._write_key_file()
 
     def dead(self) -> RunningProcess | None:
         """The first process that has ended, if one has."""
         return next((process for process in self.processes if process.poll() is not None), None)
+
+    def timeout_report(self) -> str:
+        """That the engine took too long, with what every process wrote last."""
+        logs = "".join(f"{LOG_HEADING}{process.name}:\n{process.log_tail()}" for process in self.processes)
+        return (
+            f"the engine was not ready after startup_timeout={self.config.startup_timeout:g} seconds: "
+            f"raise it, or see what the processes wait for{logs}"
+        )
 
     def end(self, grace: float = _LEAVE_SECONDS) -> None:
         """End every process: on request within `grace` seconds, then by force; remove the run directory. Idempotent."""
@@ -95,7 +106,7 @@ class Deployment:
                     self._supervisor.finish()
 
     def _end_processes(self, grace: float) -> None:
-        if grace > 0 and self._coordinator is not None:
+        if grace > 0 and self._coordinator is not None and self._coordinator.poll() is None:
             self._coordinator.terminate()  # it ends requests, and has the workers leave
             deadline = time.monotonic() + grace
             while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
@@ -137,8 +148,7 @@ class Deployment:
             program = Program(f"worker-{rank}", WORKER, msgspec.json.encode(spec).decode(), {**environment, **devices})
             self.processes.append(self.backend.start(program, rank))
 
-    def _listening(self) -> wire.CoordinatorListening:
-        deadline = time.monotonic() + min(self.config.startup_timeout, _BIND_SECONDS)
+    def _listening(self, deadline: float) -> wire.CoordinatorListening:
         while self._coordinator is not None and time.monotonic() < deadline:
             line = self._coordinator.first_line()
             if line is not None:
@@ -147,7 +157,7 @@ class Deployment:
             if code is not None:
                 raise EngineStartError(process_report(self._coordinator, code))
             time.sleep(_LISTEN_POLL_SECONDS)
-        raise EngineStartError("the coordinator did not listen in time")
+        raise EngineStartError(self.timeout_report())
 
     def _write_key_file(self) -> None:
         keys = _peer_keys(self.keys)
@@ -156,9 +166,6 @@ class Deployment:
         self.key_file = self.directory / "client-key.json"
         with os.fdopen(os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(msgspec.json.encode(keys))
-
-
-LOG_HEADING = "\n\nlast lines of the log of "
 
 
 def process_report(process: RunningProcess, code: int) -> str:

@@ -25,8 +25,9 @@ from nanovllm_dist.launcher.resolve import launcher_kind, resolve_config
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
 
-# A process that failed tells the coordinator first; how long the message may take to get here
+# A process that failed tells the coordinator first; how long that message may take to get here, and the process to end
 _REASON_SECONDS = 1.0
+_EXIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Engine:
             report(Progress("cluster"))
             deployment.open()
             report(Progress("start"))
-            deployment.launch()
+            deployment.launch(deadline)
             info = _wait_ready(deployment, deadline, report)
         except BaseException:
             deployment.end(grace=0.0)
@@ -199,7 +200,7 @@ def _wait_ready(deployment: Deployment, deadline: float, report: ProgressCallbac
                 if status.error is None:
                     report(Progress(status.phase or status.state, status.done, status.total))
             _raise_if_failed(deployment, channel, status)
-        raise EngineStartError(_timeout_report(deployment))
+        raise EngineStartError(deployment.timeout_report())
     finally:
         channel.close()
         context.term()
@@ -226,7 +227,7 @@ def _raise_if_failed(deployment: Deployment, channel: Channel, status: wire.Engi
 
 def _start_error(deployment: Deployment, error: wire.ErrorInfo) -> EngineStartError:
     """The reported error, with the log of the process that failed, given a moment to end."""
-    deadline = time.monotonic() + _REASON_SECONDS
+    deadline = time.monotonic() + _EXIT_SECONDS
     while (worker := _failed_worker(deployment)) is None and time.monotonic() < deadline:
         time.sleep(deployment.backend.poll_seconds)
     message = error.message
@@ -249,11 +250,3 @@ def _error_in_log(log: str) -> NanoVLLMError | None:
         if isinstance(kind, type) and issubclass(kind, NanoVLLMError):
             return kind(message)
     return None
-
-
-def _timeout_report(deployment: Deployment) -> str:
-    logs = "".join(f"{LOG_HEADING}{process.name}:\n{process.log_tail()}" for process in deployment.processes)
-    return (
-        f"the engine was not ready after startup_timeout={deployment.config.startup_timeout:g} seconds: "
-        f"raise it, or see what the processes wait for{logs}"
-    )

@@ -41,10 +41,10 @@ def resolve_model(name: str, *, hub: str = "huggingface", progress: bool = True)
     if hub not in ("huggingface", "modelscope"):
         raise ConfigError(f"hub={hub!r} is not one of huggingface, modelscope")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _checked(path)
     if _is_path(name):
-        raise ModelNotFoundError(f"{name} is not a directory: give the directory that holds config.json")
+        raise ModelNotFoundError(f"{name!r} is not a directory: give the directory that holds config.json")
     if name.lower() in ALIASES:
         return resolve_packaged(ALIASES[name.lower()], cache_dir() / "models", progress=progress)
     looked = [str(path.absolute())]

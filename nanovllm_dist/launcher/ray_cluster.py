@@ -144,10 +144,10 @@ class RayBackend:
         except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             what = f"Ray at {address} cannot be joined" if address else "Ray did not start"
             raise EngineStartError(f"{what}: {error}; launcher=local needs no Ray") from error
-        self._connected_here = True
 
     def _join(self, address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        self._connected_here = True
 
     def _start(self, ranks: int) -> None:
         temp_dir = self._supervisor.directory / "r"
@@ -162,6 +162,7 @@ class RayBackend:
             _node_ip_address=_OWN_HOST,
             _system_config={"memory_monitor_refresh_ms": 0},  # it would kill a worker for other programs' memory
         )
+        self._connected_here = True
         self._supervisor.watch(*_processes_of(temp_dir))
 
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
@@ -225,15 +226,16 @@ class RayBackend:
 
     def close(self) -> None:
         """End the actors and free the bundles; end Ray, or the connection to it, if it was opened here."""
-        if ray.is_initialized():
-            self._release()
-            if self._connected_here:
-                self._thread.run(ray.shutdown)
+        self._thread.run(self._leave)  # after `open`, should that have been interrupted
         self._thread.close()
 
+    def _leave(self) -> None:
+        if ray.is_initialized() and not self._own_cluster:
+            self._release()
+        if self._connected_here:
+            ray.shutdown()
+
     def _release(self) -> None:
-        if self._own_cluster:
-            return  # all of it goes
         actors = [actor for actor in (*self._actors, self._coordinator) if actor is not None]
         if actors:
             ray.wait([actor.leave.remote() for actor in actors], num_returns=len(actors), timeout=_CALL_SECONDS)

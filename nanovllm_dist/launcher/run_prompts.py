@@ -24,9 +24,9 @@ def run_jobs(engine: Engine, mode: Mode, jobs: list[Job]) -> None:
 
     The engine is stopped afterwards. Raises NanoVLLMError when a job failed; the answers of the others are kept.
     """
-    started = time.monotonic()
     with DistLLM.from_engine(engine) as llm:
         prompts = [prepare(llm, job, mode.raw) for job in jobs]
+        started = time.monotonic()
         if mode.prompts_file:
             outputs = _answer_all(llm, prompts, jobs)
             with _writer(mode.output) as file:
@@ -38,8 +38,8 @@ def run_jobs(engine: Engine, mode: Mode, jobs: list[Job]) -> None:
             outputs = _answer_all(llm, prompts, jobs)
             for job, output in zip(jobs, outputs, strict=True):
                 sys.stdout.write(f">>> {job.prompt}\n{output.text}\n\n")
-    sys.stdout.flush()
-    _write_statistics(outputs, time.monotonic() - started)
+        sys.stdout.flush()
+        _write_statistics(outputs, time.monotonic() - started)
     _raise_failures(outputs)
 
 

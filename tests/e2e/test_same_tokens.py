@@ -53,7 +53,7 @@ def test_in_a_random_mix_of_64_others_and_again_from_the_prefix_cache(smollm2: P
     mixed: list[tuple[object, SamplingParams, int]] = [(p, s, -1) for p, s in others]
     mixed += [(prompt, params, index) for index, (prompt, params) in enumerate(BOTH)]
     rng.shuffle(mixed)
-    with engine(smollm2, max_num_seqs=48) as llm:
+    with engine(smollm2, max_num_seqs=48, block_size=4) as llm:
         outputs = llm.generate([m[0] for m in mixed], [m[1] for m in mixed], use_tqdm=False)  # type: ignore[misc]
         crowded = {m[2]: output.token_ids for m, output in zip(mixed, outputs, strict=True) if m[2] >= 0}
         assert [crowded[index] for index in range(len(BOTH))] == alone

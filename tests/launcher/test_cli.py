@@ -182,7 +182,9 @@ def test_a_missing_model_is_a_failure_and_no_traceback() -> None:
 
 
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
-    source = "import sys, nanovllm_dist.launcher.cli; sys.exit(str({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    source = (
+        "import sys, nanovllm_dist.launcher.cli; sys.exit(str({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()"
 

@@ -125,9 +125,7 @@ def test_the_run_directory_is_private_and_short_enough_for_sockets_below_it(supe
     assert len(str(supervisor.directory)) < 40
 
 
-def test_a_long_tmpdir_does_not_make_a_long_run_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_tmpdir_does_not_make_a_long_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 20)))
     supervisor = Supervisor()
     assert len(str(supervisor.directory)) < 40

@@ -88,7 +88,7 @@ def test_dtype_auto_is_the_checkpoints_or_else_the_devices(
 
 
 def test_a_checkpoint_dtype_that_cannot_be_run_asks_for_one_that_can(model: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="float8_e4m3fn.*set the dtype option"):
+    with pytest.raises(UnsupportedModelError, match=r"float8_e4m3fn.*set the dtype option"):
         resolve(model, hf_overrides={"torch_dtype": "float8_e4m3fn"})
 
 

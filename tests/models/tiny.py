@@ -10,27 +10,27 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 VOCAB = 101
 
-_SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    eos_token_id=None,
-    bos_token_id=None,
-)
-_LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=10000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
-_HEADS_9_3 = dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_HEADS_9_3 = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**_SHAPE),
@@ -39,7 +39,9 @@ CONFIGS: dict[str, Any] = {
     "llama_head_dim": LlamaConfig(**_SHAPE, head_dim=24),
     "llama_9_3": LlamaConfig(**{**_SHAPE, **_HEADS_9_3}, tie_word_embeddings=True),
     "llama_one_kv_head": LlamaConfig(**{**_SHAPE, "num_key_value_heads": 1}),
-    "llama_linear": LlamaConfig(**_SHAPE, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+    "llama_linear": LlamaConfig(
+        **_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    ),
     "llama_llama3": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3),
     "llama_yarn": LlamaConfig(**_SHAPE, rope_parameters=_YARN),
     "llama_yarn_untruncated": LlamaConfig(**_SHAPE, rope_parameters=dict(_YARN, truncate=False, beta_fast=16)),

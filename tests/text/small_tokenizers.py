@@ -22,7 +22,7 @@ def byte_level_backend() -> Backend:
 
 
 def byte_fallback_backend() -> Backend:
-    """SentencePiece-like BPE as Llama-2 and MiniCPM have it: `▁` for spaces, `<0xNN>` for what is not in the vocabulary."""
+    """SentencePiece-like BPE as Llama-2 and MiniCPM have it: `▁` for spaces, `<0xNN>` for bytes of other characters."""
     tokens = [
         "<unk>",
         "<s>",

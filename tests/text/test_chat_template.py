@@ -125,7 +125,7 @@ def test_smollm2_conversations_are_those_of_transformers(smollm2):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(resolve_model("smollm2-135m", progress=False))
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 17 × 23? 👩‍👩‍👧"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 17 times 23? 👩‍👩‍👧"}]
 
     assert (
         smollm2.apply_chat_template(messages)

@@ -103,7 +103,7 @@ class DecoderLM(nn.Module):
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm("model.norm.weight", size, config.rms_norm_eps, dtype, device)
-        self.lm_head = LMHead(self.output_vocab, comm)
+        self.lm_head = LMHead(self.output_vocab, config.tie_word_embeddings, comm)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, equal on all ranks."""

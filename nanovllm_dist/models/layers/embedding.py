@@ -29,6 +29,10 @@ class VocabWeight(nn.Module):
         self.weight = empty_parameter(padded_rows, hidden, dtype=dtype, device=device)
         self.weight[self.end - self.start :].zero_()
 
+    def release(self) -> None:
+        """Give the memory back, when a repacked copy does all the work."""
+        self.weight = empty_parameter(0, self._shape[1], dtype=self.weight.dtype, device=self.weight.device)
+
     def shards(self) -> Iterator[Shard]:
         """This rank's rows."""
         rows = self.weight[: self.end - self.start]
@@ -56,9 +60,10 @@ class VocabEmbedding(nn.Module):
 class LMHead(nn.Module):
     """Hidden states [N, hidden] -> logits [N, vocab] in float32 on rank 0, None elsewhere."""
 
-    def __init__(self, rows: VocabWeight, comm: Communicator) -> None:
+    def __init__(self, rows: VocabWeight, tied: bool, comm: Communicator) -> None:
         super().__init__()
         self._rows = rows
+        self._tied = tied
         self._comm = comm
         self._kernel: LinearKernel | None = None
 
@@ -74,5 +79,7 @@ class LMHead(nn.Module):
         return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1).float()
 
     def finalize(self) -> None:
-        """Repack the weight for the device; after loading. The plain one stays, as the embedding may share it."""
+        """Repack the weight for the device; after loading. The plain one stays only if the embedding needs it."""
         self._kernel = pack_linear(self._rows.weight, None)
+        if self._kernel is not None and not self._tied:
+            self._rows.release()

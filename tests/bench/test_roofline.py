@@ -1,0 +1,72 @@
+"""The limit agrees with figures worked out elsewhere for real models and devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanovllm_dist.bench.roofline import Hardware, limit
+from nanovllm_dist.bench.workloads import Workload, make_workload
+from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.models.config import ModelConfig, parse_model_config
+
+H100 = Hardware(3.09e12, 790e12)
+H200 = Hardware(4.3e12, 790e12, 7e-6)
+
+
+def qwen3(hidden: int, intermediate: int, layers: int, heads: int) -> ModelConfig:
+    return parse_model_config(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        }
+    )
+
+
+QWEN3_600M = qwen3(1024, 3072, 28, 16)
+QWEN3_32B = qwen3(5120, 25600, 64, 64)
+
+
+@pytest.mark.parametrize(("seed", "rate"), [(0, 26_518), (1, 25_521), (2, 26_283)])
+def test_a_small_model_on_one_device(seed: int, rate: float) -> None:
+    found = limit(QWEN3_600M, make_workload(f"upstream_seed{seed}"), H100)
+    assert found.output_tokens_per_second == pytest.approx(rate, rel=0.001)
+
+
+@pytest.mark.parametrize(("seed", "rate"), [(0, 14_221), (1, 15_651), (2, 14_598)])
+def test_a_large_model_over_four_devices(seed: int, rate: float) -> None:
+    found = limit(QWEN3_32B, make_workload(f"upstream_seed{seed}"), H200, tp=4)
+    assert found.output_tokens_per_second == pytest.approx(rate, rel=0.001)
+
+
+def test_one_request_is_bound_by_the_weights_and_the_all_reduces() -> None:
+    workload = make_workload("upstream_seed0")
+    assert limit(QWEN3_600M, workload, H100).one_request_tokens_per_second == pytest.approx(2_592, abs=1)
+    assert limit(QWEN3_32B, workload, H200, tp=4).one_request_tokens_per_second == pytest.approx(217, abs=1)
+
+
+def test_a_batch_that_its_arithmetic_binds_is_not_called_bandwidth_bound() -> None:
+    workload = Workload("wide", (1,) * 512, (2,) * 512)
+    slow_arithmetic = limit(QWEN3_600M, workload, Hardware(3e12, 1e12))
+    assert slow_arithmetic.decode == pytest.approx(2 * limit(QWEN3_600M, workload, Hardware(3e12, 2e12)).decode)
+
+
+def test_fewer_requests_at_once_need_more_reads_of_the_weights() -> None:
+    workload = make_workload("c1")
+    all_at_once, few = limit(QWEN3_600M, workload, H100), limit(QWEN3_600M, workload, H100, max_num_seqs=4)
+    assert few.decode > all_at_once.decode
+
+
+def test_one_device_pays_for_no_all_reduce() -> None:
+    assert limit(QWEN3_600M, make_workload("c1"), H200).all_reduce == 0.0
+
+
+@pytest.mark.parametrize("rates", [(0.0, 1.0), (1.0, -1.0)])
+def test_a_rate_that_is_not_positive_is_refused(rates: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        Hardware(*rates)
