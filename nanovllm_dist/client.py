@@ -165,6 +165,9 @@ class DistLLM:
 
         Other keywords as for `generate`. Raises InvalidRequestError when the model has no chat template.
         """
+        reserved = {"messages", "tools", "add_generation_prompt"} & set(chat_template_kwargs or {})
+        if reserved:
+            raise InvalidRequestError(f"chat_template_kwargs must not set {', '.join(sorted(reserved))}")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [
             self.tokenizer.apply_chat_template(

@@ -17,7 +17,7 @@ from nanovllm_dist.errors import NanoVLLMError
 from nanovllm_dist.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, unpack_logprobs
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.bad_words import bad_words_ids
-from nanovllm_dist.text.detokenizer import IncrementalDetokenizer
+from nanovllm_dist.text.detokenizer import IncrementalDetokenizer, detokenize
 from nanovllm_dist.text.stop import StopStrings
 from nanovllm_dist.text.tokenizer import Tokenizer
 from nanovllm_dist.wire import messages as wire
@@ -195,13 +195,13 @@ class _Answer:
             if self._stop is not None and self._completion.finish_reason is None:
                 self._completion.text += self._stop.flush()
         elif self._tokenizer is not None:
-            params = self._generation.params
-            self._completion.text = self._tokenizer.decode(
-                self.token_ids, params.skip_special_tokens, params.spaces_between_special_tokens
+            generation = self._generation
+            self._completion.text = detokenize(
+                self._tokenizer, self.token_ids, generation.params, generation.prompt_ids
             )
 
     def _add_text(self, delta: str) -> None:
-        if self._stop is None:
+        if self._stop is None or len(self.token_ids) <= self._generation.params.min_tokens:
             self._completion.text += delta
             return
         text, matched = self._stop.feed(delta)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from types import TracebackType
 
+import msgspec
 from typing_extensions import Self
 
-from nanovllm_dist.bench.environment import usable_cores
 from nanovllm_dist.bench.json_process import JsonProcess
 from nanovllm_dist.bench.workloads import Workload
 from nanovllm_dist.config import EngineConfig
@@ -33,7 +33,7 @@ class TransformersBaseline:
         environment = {**os.environ, **get_platform(config.device).worker_environment(alone)}
         self._process = JsonProcess("transformers", "nanovllm_dist.bench.transformers_worker", environment)
         try:
-            self._process.send({"config": config.to_json(), "cores": usable_cores()})
+            self._process.send(msgspec.to_builtins(alone))
             self._process.receive()
         except BaseException as error:
             self.__exit__(type(error), error, None)

@@ -2,7 +2,7 @@
 
     python -m nanovllm_dist.bench.transformers_worker
 
-The first line is the engine's resolved config as JSON, with "cores" beside it; each later line is one piece of work.
+The first line is the engine's resolved config as JSON; each later line is one piece of work.
 It knows nothing of the engine that it is compared with.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanovllm_dist.bench.json_process import reserve_stdout, write_line
 from nanovllm_dist.config import EngineConfig
@@ -25,17 +25,16 @@ _PAD = 0
 
 
 class Generator:
-    """A model of transformers on the engine's kind of device, with all the cores.
+    """A model of transformers on the engine's kind of device, with the threads that the environment allows.
 
     `config` is resolved; its weights are random where load_format is dummy.
     """
 
-    def __init__(self, config: EngineConfig, cores: int) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         self._device = get_platform(config.device).open_device(0, config)
-        torch.set_num_threads(cores)
         torch.manual_seed(config.seed)
         dtype = getattr(torch, config.dtype)
         if config.load_format == "dummy":
@@ -88,8 +87,7 @@ def main() -> int:
     """Process entry point: answer each line until the input ends."""
     channel = reserve_stdout()
     try:
-        spec: dict[str, Any] = json.loads(sys.stdin.readline())
-        generator = Generator(EngineConfig.from_json(spec["config"]), spec["cores"])
+        generator = Generator(EngineConfig.from_json(sys.stdin.readline()))
         write_line(channel, {"ready": True})
         for line in sys.stdin:
             write_line(channel, {"seconds": generator.run(**json.loads(line))})

@@ -1,0 +1,158 @@
+"""Reports: the JSON file holds everything, typed; the tables show the figures that matter."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from nanovllm_dist.bench.distribution import Distribution
+from nanovllm_dist.bench.engine_run import EngineCounters, HostTime
+from nanovllm_dist.bench.environment import describe_environment
+from nanovllm_dist.bench.latency import LatencyReport
+from nanovllm_dist.bench.report import (
+    Report,
+    read_json,
+    show_latency,
+    show_startup,
+    show_throughput,
+    write_json,
+)
+from nanovllm_dist.bench.roofline import Limit
+from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary
+from nanovllm_dist.bench.startup import StartupReport
+from nanovllm_dist.bench.throughput import Comparison, Rates, ThroughputReport
+
+TIMES = Distribution(count=4, mean=0.0123, p50=0.012, p90=0.02, p99=0.0456)
+COUNTERS = EngineCounters(
+    steps=100,
+    prompt_tokens=400,
+    generated_tokens=800,
+    prefix_queries=400,
+    prefix_hits=7,
+    preemptions=3,
+    host_us_per_step={64: HostTime(90, 512.4)},
+    batch_histogram={rows: rows for rows in range(1, 13)},
+)
+ENGINE = EngineSummary(
+    model="tiny",
+    architecture="LlamaForCausalLM",
+    device="cpu",
+    dtype="bfloat16",
+    tensor_parallel_size=2,
+    launcher="local",
+    max_num_seqs=64,
+    block_size=32,
+    num_blocks=9,
+    options={"dtype": "bfloat16"},
+)
+WORK = WorkloadSummary("c1", 64, 9_768, 9_790, 0.6)
+RATES = Rates([2.0, 4.0, 3.0], [600.0, 300.0, 400.0], 400.0, 800.0)
+LIMIT = Limit(1.0, 2.0, 0.0, 1000.0, 160.0)
+THROUGHPUT = ThroughputReport(
+    environment=describe_environment(),
+    engine=ENGINE,
+    workload=WORK,
+    rates=RATES,
+    ttft=TIMES,
+    tpot=TIMES,
+    e2e=TIMES,
+    itl=None,
+    counters=COUNTERS,
+    comparison=Comparison("transformers", 32, RATES, 1.25, [1.0, 1.25, 1.5]),
+    limit=LIMIT,
+    share_of_limit=0.4,
+)
+LATENCY = LatencyReport(
+    environment=describe_environment(),
+    engine=ENGINE,
+    workload=WORK,
+    runs=5,
+    ttft=TIMES,
+    itl=TIMES,
+    e2e=TIMES,
+    decode_tokens_per_second=80.0,
+    counters=COUNTERS,
+    limit=LIMIT,
+    share_of_limit=0.5,
+)
+STARTUP = StartupReport(
+    environment=describe_environment(),
+    model="tiny",
+    launcher="ray",
+    dtype="bfloat16",
+    device="cpu",
+    ready=[3.25, 3.5, 4.0],
+    first_token=[3.75, 4.0, 4.5],
+    stop=[0.25, 0.25, 0.5],
+    median_ready=3.5,
+    median_first_token=4.0,
+    phases={"resolve": 0.5, "load": 2.0},
+)
+
+
+def shown(report: Report) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    if isinstance(report, ThroughputReport):
+        show_throughput(report, console)
+    elif isinstance(report, LatencyReport):
+        show_latency(report, console)
+    else:
+        show_startup(report, console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("report", [THROUGHPUT, LATENCY, STARTUP], ids=["throughput", "latency", "startup"])
+def test_a_report_comes_back_from_its_file_as_it_was(report: Report, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_json(report, str(path))
+    assert read_json(str(path)) == report
+    raw = json.loads(path.read_text())
+    assert raw["benchmark"] in ("throughput", "latency", "startup")
+    assert {"nanovllm_dist", "python", "torch", "transformers", "cpu", "cores"} <= set(raw["environment"])
+
+
+def test_a_file_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text('{"benchmark": "throughput", "rates": 3}')
+    with pytest.raises(msgspec.ValidationError):
+        read_json(str(path))
+
+
+def test_the_throughput_table_shows_rates_rival_limit_and_engine() -> None:
+    text = shown(THROUGHPUT)
+    for figure in ("400.0", "800.0", "1.25 x", "1,000", "40%", "9,768", "9,790", "512  (90 steps)", "7 of 400"):
+        assert figure in text
+    assert "ITL" not in text  # it was not measured
+
+
+def test_times_are_shown_in_milliseconds() -> None:
+    assert "12.3" in shown(LATENCY)
+    assert "45.6" in shown(LATENCY)
+
+
+def test_the_latency_table_shows_the_decode_rate_and_the_limit_of_one_request() -> None:
+    text = shown(LATENCY)
+    for figure in ("80.0", "160", "50%"):
+        assert figure in text
+
+
+def test_the_startup_table_shows_medians_phases_and_every_run() -> None:
+    text = shown(STARTUP)
+    for figure in ("3.50", "4.00", "load began", "3.25  3.50  4.00", "launcher ray"):
+        assert figure in text
+
+
+def test_a_long_histogram_shows_its_most_frequent_sizes() -> None:
+    assert "12: 12  (and 4 other sizes)" in shown(THROUGHPUT)
+
+
+def test_the_environment_names_the_machine_and_the_versions() -> None:
+    environment = describe_environment()
+    assert environment.cores >= 1
+    assert environment.torch
+    assert environment.cpu
