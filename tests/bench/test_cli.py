@@ -13,7 +13,6 @@ from nanovllm_dist.bench.cli import app
 from nanovllm_dist.bench.options import engine_config
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
-from tests.bench.tiny_model import write_tiny_model
 
 COMMANDS = ("throughput", "latency", "startup")
 
@@ -105,9 +104,8 @@ def test_a_model_that_is_not_there_is_exit_code_1(tmp_path: Path) -> None:
     assert "absent" in result.stderr
 
 
-def test_work_that_does_not_fit_the_model_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path)
-    result = bench("throughput", "-m", str(model), "--load-format", "dummy", "-w", "c1", "--launcher", "local")
+def test_work_that_does_not_fit_the_model_is_refused_before_an_engine_starts(tiny_model: Path) -> None:
+    result = bench("throughput", "-m", str(tiny_model), "--load-format", "dummy", "-w", "upstream_seed0")
     assert result.exit_code == 2
-    assert "workload c1 has a request of" in result.stderr
-    assert "256" in result.stderr
+    assert "workload upstream_seed0 has a request of" in result.stderr
+    assert "512" in result.stderr

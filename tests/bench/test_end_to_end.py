@@ -12,25 +12,35 @@ from nanovllm_dist.bench.latency import LatencyReport
 from nanovllm_dist.bench.report import Report, read_json
 from nanovllm_dist.bench.startup import StartupReport
 from nanovllm_dist.bench.throughput import ThroughputReport
-from tests.bench.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.slow
 WORK = ("-w", "random", "--num-requests", "6", "--input-len", "20", "--output-len", "10", "--range-ratio", "0.5")
 
 
-def bench(directory: Path, command: str, *arguments: str) -> Report:
+def bench(model: Path, directory: Path, command: str, *arguments: str) -> Report:
     """Run the command and return its report."""
     path = directory / "report.json"
-    engine = ("-m", str(write_tiny_model(directory)), "--load-format", "dummy", "--launcher", "local")
+    engine = ("-m", str(model), "--load-format", "dummy", "--launcher", "local")
     small = ("--max-num-seqs", "4", "--kv-cache-memory", "4MiB", "--threads-per-worker", "1")
     result = CliRunner().invoke(app, [command, *engine, *small, *arguments, "--json", str(path)])
     assert result.exit_code == 0, result.output
     return read_json(str(path))
 
 
-def test_throughput_beside_transformers_accounts_for_every_token(tmp_path: Path) -> None:
+def test_throughput_beside_transformers_accounts_for_every_token(tiny_model: Path, tmp_path: Path) -> None:
     report = bench(
-        tmp_path, "throughput", *WORK, "--runs", "2", "--compare", "transformers", "--bandwidth", "40", "--flops", "1"
+        tiny_model,
+        tmp_path,
+        "throughput",
+        *WORK,
+        "--runs",
+        "2",
+        "--compare",
+        "transformers",
+        "--bandwidth",
+        "40",
+        "--flops",
+        "1",
     )
     assert isinstance(report, ThroughputReport)
     work, counters = report.workload, report.counters
@@ -52,8 +62,8 @@ def test_throughput_beside_transformers_accounts_for_every_token(tmp_path: Path)
     assert report.engine.options["max_num_seqs"] == 4
 
 
-def test_latency_times_every_token(tmp_path: Path) -> None:
-    report = bench(tmp_path, "latency", *WORK, "--runs", "2")
+def test_latency_times_every_token(tiny_model: Path, tmp_path: Path) -> None:
+    report = bench(tiny_model, tmp_path, "latency", *WORK, "--runs", "2")
     assert isinstance(report, LatencyReport)
     assert report.ttft is not None
     assert report.itl is not None
@@ -65,11 +75,11 @@ def test_latency_times_every_token(tmp_path: Path) -> None:
     assert report.ttft.p50 < report.e2e.p50
 
 
-def test_startup_times_fresh_processes(tmp_path: Path) -> None:
-    report = bench(tmp_path, "startup", "--runs", "2")
+def test_startup_times_fresh_processes(tiny_model: Path, tmp_path: Path) -> None:
+    report = bench(tiny_model, tmp_path, "startup", "--runs", "2")
     assert isinstance(report, StartupReport)
     assert len(report.ready) == len(report.first_token) == len(report.stop) == 2
     assert all(ready < first for ready, first in zip(report.ready, report.first_token, strict=True))
-    assert list(report.phases)[0] == "resolve"
+    assert next(iter(report.phases)) == "resolve"
     assert "load" in report.phases
     assert report.launcher == "local"
