@@ -23,9 +23,9 @@ from typing_extensions import Self
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import ConfigError, InvalidRequestError, QueueFullError
+from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError, QueueFullError
 from nanovllm_dist.generation import Generation
-from nanovllm_dist.outputs import RequestOutput
+from nanovllm_dist.outputs import CompletionOutput, RequestOutput
 from nanovllm_dist.progress import TokenProgress
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.tokenizer import Tokenizer
@@ -106,20 +106,25 @@ class DistLLM:
         params = _params_for(batch, sampling_params)
         done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         with TokenProgress(len(batch), enabled=use_tqdm) as progress:
-            generations = [
-                self.make_generation(prompt, one, _Deliver(done, index), streaming=False)
-                for index, (prompt, one) in enumerate(zip(batch, params, strict=True))
-            ]
+            generations: list[Generation | RequestOutput] = []
+            for index, (prompt, one) in enumerate(zip(batch, params, strict=True)):
+                try:
+                    generations.append(self.make_generation(prompt, one, _Deliver(done, index), streaming=False))
+                except InvalidRequestError as error:
+                    if not return_errors:
+                        raise _at_prompt(index, error) from None
+                    generations.append(_refused(prompt, error))
             try:
                 return self._run(generations, done, progress, priority, cache_salt, return_errors)
             except BaseException:
                 for generation in generations:
-                    generation.abort()
+                    if isinstance(generation, Generation):
+                        generation.abort()
                 raise
 
     def _run(
         self,
-        generations: list[Generation],
+        generations: list[Generation | RequestOutput],
         done: queue.SimpleQueue[tuple[int, RequestOutput]],
         progress: TokenProgress,
         priority: int,
@@ -127,28 +132,29 @@ class DistLLM:
         return_errors: bool,
     ) -> list[RequestOutput]:
         """Submit within the engine's queue bound, collect until all have ended."""
-        outputs: list[RequestOutput | None] = [None] * len(generations)
-        waiting = deque(range(len(generations)))
+        outputs = {index: one for index, one in enumerate(generations) if isinstance(one, RequestOutput)}
+        waiting = deque((index, one) for index, one in enumerate(generations) if isinstance(one, Generation))
         window = max(1, self.info.max_queued // 2)
         outstanding, not_before = 0, 0.0
         while waiting or outstanding:
             while waiting and outstanding < window and time.monotonic() >= not_before:
-                generations[waiting.popleft()].submit(priority, cache_salt)
+                waiting.popleft()[1].submit(priority, cache_salt)
                 outstanding += 1
             try:
                 index, output = done.get(timeout=_RETRY_SECONDS if waiting else None)
             except queue.Empty:
                 continue
             outstanding -= 1
-            if isinstance(output.error, QueueFullError):  # other clients fill the queue: wait for room
-                waiting.append(index)
+            one = generations[index]
+            if isinstance(output.error, QueueFullError) and isinstance(one, Generation):
+                waiting.append((index, one))  # other clients fill the queue: wait for room
                 not_before = time.monotonic() + _RETRY_SECONDS
                 continue
             if output.error is not None and not return_errors:
-                raise type(output.error)(f"prompt {index}: {output.error}")
+                raise _at_prompt(index, output.error)
             outputs[index] = output
             progress.finished(output)
-        return [output for output in outputs if output is not None]
+        return [outputs[index] for index in range(len(generations))]
 
     def chat(
         self,
@@ -233,12 +239,11 @@ class DistLLM:
                 raise InvalidRequestError("the prompt is empty: it needs at least one token")
             return prompt, self.tokenizer.encode(prompt)
         ids: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-        wrong = next((token for token in ids if type(token) is not int), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {wrong!r}")
-        outside = next((token for token in ids if not 0 <= token < 2**31), None)
-        if outside is not None:
-            raise InvalidRequestError(f"token id {outside} is outside the vocabulary")
+        for token in ids:
+            if type(token) is not int:
+                raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {token!r}")
+            if not 0 <= token < 2**31:
+                raise InvalidRequestError(f"token id {token} is outside the vocabulary")
         if not ids:
             raise InvalidRequestError("the prompt is empty: it needs at least one token")
         return None, ids
@@ -286,6 +291,17 @@ class _Deliver:
     def __call__(self, output: RequestOutput) -> None:
         if output.finished:
             self._done.put((self._index, output))
+
+
+def _at_prompt(index: int, error: NanoVLLMError) -> NanoVLLMError:
+    return type(error)(f"prompt {index}: {error}")
+
+
+def _refused(prompt: Prompt, error: NanoVLLMError) -> RequestOutput:
+    """The output of a prompt that was not even sent."""
+    text = prompt if isinstance(prompt, str) else None
+    answer = CompletionOutput(0, finish_reason="error")
+    return RequestOutput(0, text, [], [answer], finished=True, error=error)
 
 
 def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:

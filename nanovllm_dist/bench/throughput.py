@@ -96,10 +96,10 @@ def measure_throughput(
 
 
 def _warm_up(llm: DistLLM, rival: TransformersBaseline | None, workload: Workload, temperature: float) -> None:
-    short = workload.shortened(_WARM_UP_TOKENS)
-    run_workload(llm, short, "warm-up", temperature)
+    run_workload(llm, workload.shortened(_WARM_UP_TOKENS), "warm-up", temperature)
     if rival is not None:
-        rival.run(short, short.prompts("warm-up", llm.info.vocab_size), temperature)
+        batch = workload.shortened(_WARM_UP_TOKENS, BATCH_SIZE)
+        rival.run(batch, batch.prompts("warm-up", llm.info.vocab_size), temperature)
 
 
 def _take_turns(

@@ -57,9 +57,10 @@ class Workload:
         rng = Random(f"{self.name}:{repetition}")
         return [rng.choices(range(highest + 1), k=length) for length in self.prompt_lens]
 
-    def shortened(self, longest_output: int) -> Workload:
-        """The same prompts with answers of at most `longest_output` tokens, for warming up."""
-        return replace(self, output_lens=tuple(min(length, longest_output) for length in self.output_lens))
+    def shortened(self, longest_output: int, num_requests: int | None = None) -> Workload:
+        """The first `num_requests` with answers of at most `longest_output` tokens, for warming up."""
+        output_lens = tuple(min(length, longest_output) for length in self.output_lens[:num_requests])
+        return replace(self, prompt_lens=self.prompt_lens[:num_requests], output_lens=output_lens)
 
 
 def make_workload(

@@ -102,6 +102,13 @@ def test_a_shortened_workload_keeps_prompts_and_caps_answers() -> None:
     assert min(short.output_lens) == min(workload.output_lens)
 
 
+def test_a_shortened_workload_may_have_fewer_requests() -> None:
+    workload = make_workload("c1")
+    short = workload.shortened(1000, 5)
+    assert (short.prompt_lens, short.output_lens) == (workload.prompt_lens[:5], workload.output_lens[:5])
+    assert short.prompts("run 1", 300) == workload.prompts("run 1", 300)[:5]
+
+
 def test_the_longest_request_counts_prompt_and_answer_together() -> None:
     assert make_workload("c2").longest == 256
 

@@ -123,7 +123,8 @@ def test_a_cluster_that_is_too_small_says_what_it_has(model: str, cluster: Clust
 
 def test_a_launcher_that_is_killed_leaves_nothing_in_the_cluster(model: str, cluster: Cluster) -> None:
     source = (
-        "import sys, time; from nanovllm_dist.config import EngineConfig; from nanovllm_dist.launcher.engine import Engine;"
+        "import sys, time; from nanovllm_dist.config import EngineConfig;"
+        "from nanovllm_dist.launcher.engine import Engine;"
         "engine = Engine.start(EngineConfig.from_json(sys.argv[1]));"
         "print(*engine.pids.values(), flush=True); time.sleep(600)"
     )
