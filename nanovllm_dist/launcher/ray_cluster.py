@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB, and no object of ou
 _PLACEMENT_SECONDS = 60.0
 _CALL_SECONDS = 10.0
 _ACTOR_SECONDS = 60.0
+_REACH_SECONDS = 10.0
 _OWN_HOST = "127.0.0.1"
 _GONE = -9
 # Ray names the resources that it knows itself by an option of their own
@@ -141,11 +143,13 @@ class RayBackend:
         self._own_cluster = not address
         try:
             self._thread.run(lambda: self._join(address) if address else self._start(config.tensor_parallel_size))
-        except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (RayError, OSError, RuntimeError, ValueError) as error:
             what = f"Ray at {address} cannot be joined" if address else "Ray did not start"
-            raise EngineStartError(f"{what}: {error}; launcher=local needs no Ray") from error
+            hint = "a cluster with tokens needs RAY_AUTH_MODE=token" if address else "launcher=local needs no Ray"
+            raise EngineStartError(f"{what}: {error}; {hint}") from error
 
     def _join(self, address: str) -> None:
+        _check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         self._connected_here = True
 
@@ -243,6 +247,13 @@ class RayBackend:
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError now where Ray itself would try for minutes. `auto` and the like are Ray's to look up."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
 
 
 def _natural(device: str) -> tuple[int, str]:

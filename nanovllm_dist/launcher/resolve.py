@@ -76,6 +76,8 @@ def launcher_kind(config: EngineConfig) -> str:
 
 
 def _check_network(config: EngineConfig) -> None:
+    if config.ray_address.startswith("ray://"):
+        raise ConfigError(f"ray_address={config.ray_address!r} is Ray Client: run on a node and give its host:port")
     if config.transport == "ipc" and (config.host or config.port):
         raise ConfigError("host and port are for transport=tcp, and transport=ipc is set: drop one of them")
     if config.host in _ALL_INTERFACES:

@@ -7,6 +7,7 @@ the standard library alone, so that it is up in milliseconds, and knows nothing 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 _SWEEP_SECONDS = 10.0
 _PARENT_CHECK_SECONDS = 1.0
@@ -31,44 +33,37 @@ class Supervisor:
         parent = tempfile.gettempdir()
         parent = parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp"
         self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=parent))
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(self.directory), str(os.getpid())],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             cwd="/",
         )
-
-    @property
-    def pid(self) -> int:
-        """Process id of the watchdog."""
-        return self._process.pid
+        # pipes, by the arguments above
+        self._commands, self._answers = cast("IO[bytes]", process.stdin), cast("IO[bytes]", process.stdout)
+        self.pid = int(self._answers.readline())
+        process.wait()  # it left a child behind, which is the watchdog
 
     def watch(self, *pids: int) -> None:
         """Have these processes killed in the end."""
         self._tell("".join(f"watch {pid}\n" for pid in pids))
 
     def finish(self) -> None:
-        """Kill what is left, remove the run directory, and wait until that is done."""
-        self._tell("finish\n")
-        try:
-            self._process.wait(_SWEEP_SECONDS + 5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        """Kill what is left, remove the run directory, and wait until that is done. Twice is fine."""
+        if not self._commands.closed:
+            self._tell("finish\n")
+            select.select([self._answers], [], [], _SWEEP_SECONDS + 5.0)  # readable when the watchdog has left
+            self._commands.close()
+            self._answers.close()
         shutil.rmtree(self.directory, ignore_errors=True)  # in case the watchdog itself was killed
 
     def _tell(self, text: str) -> None:
-        if self._process.stdin is None or self._process.stdin.closed:
-            return
-        try:
-            self._process.stdin.write(text.encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the watchdog was killed; the launcher's own clean-up still runs
+        # the watchdog may have been killed; the launcher's own clean-up still runs
+        with contextlib.suppress(BrokenPipeError):
+            self._commands.write(text.encode())
+            self._commands.flush()
 
 
 def _stat(pid: int) -> tuple[str, str] | None:
@@ -80,7 +75,12 @@ def _stat(pid: int) -> tuple[str, str] | None:
     return fields[0], fields[19]
 
 
-def _watched(watched: dict[int, str]) -> Iterator[int]:
+def _identity(pid: int) -> dict[int, str]:
+    stat = _stat(pid)
+    return {pid: stat[1] if stat is not None else ""}
+
+
+def _living(watched: dict[int, str]) -> Iterator[int]:
     if sys.platform.startswith("linux"):
         for pid, started in watched.items():
             stat = _stat(pid)
@@ -119,7 +119,7 @@ def _kill(pid: int) -> None:
 def _sweep(directory: str, watched: dict[int, str], spared: set[int]) -> None:
     deadline = time.monotonic() + _SWEEP_SECONDS
     while time.monotonic() < deadline:
-        left = {*_watched(watched), *_writers(directory, spared)}
+        left = {*_living(watched), *_writers(directory, spared)}
         if not left:
             break
         for pid in left:
@@ -133,10 +133,10 @@ def _sweep(directory: str, watched: dict[int, str], spared: set[int]) -> None:
         time.sleep(0.02)
 
 
-def _listen(launcher: int, watched: dict[int, str]) -> None:
+def _listen(launcher: dict[int, str], watched: dict[int, str]) -> None:
     """Return when the launcher says `finish` or is gone, even if a fork of it keeps the pipe open."""
     buffer = b""
-    while os.getppid() == launcher:
+    while any(_living(launcher)):
         if not select.select([0], [], [], _PARENT_CHECK_SECONDS)[0]:
             continue
         chunk = os.read(0, 65536)
@@ -146,18 +146,22 @@ def _listen(launcher: int, watched: dict[int, str]) -> None:
         for line in lines:
             if line == b"finish":
                 return
-            pid = int(line.split()[1])
-            stat = _stat(pid)
-            watched[pid] = stat[1] if stat is not None else ""
+            watched |= _identity(int(line.split()[1]))
 
 
 def main() -> None:
     """Entry point of the watchdog: `supervisor.py RUN_DIRECTORY LAUNCHER_PID`."""
+    directory, launcher = sys.argv[1], int(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it leaves when the launcher does, and not before
-    directory, launcher = sys.argv[1], int(sys.argv[2])
+    identity = _identity(launcher)
+    # no longer a child of the launcher, it escapes a host (a Ray worker is one) that kills its children as it ends
+    child = os.fork()
+    if child:
+        os.write(1, f"{child}\n".encode())
+        os._exit(0)
     watched: dict[int, str] = {}
-    _listen(launcher, watched)
+    _listen(identity, watched)
     _sweep(directory, watched, spared={os.getpid(), launcher})
 
 

@@ -151,7 +151,7 @@ def test_finish_kills_the_watched_and_whoever_writes_into_the_directory(supervis
 def test_finish_twice_is_fine(supervisor: Supervisor) -> None:
     supervisor.finish()
     supervisor.finish()
-    assert not runs(supervisor.pid)
+    wait_for(lambda: not runs(supervisor.pid))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

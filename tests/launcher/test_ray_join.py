@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +52,14 @@ class Cluster:
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
         self._out = self.directory / "out"
+        # its own token, so that nothing depends on the user's, or changes it
+        (self.directory / "token").write_text(uuid.uuid4().hex)
+        authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{directory}/token"}
+        (self.directory / "tmp").mkdir()
+        self.environment = {**os.environ, **authentication, "TMPDIR": f"{directory}/tmp"}
         with self._out.open("w") as out:
-            self._process = subprocess.Popen([sys.executable, "-c", HEAD, f"{directory}/r"], stdout=out)
+            head = [sys.executable, "-c", HEAD, f"{directory}/r"]
+            self._process = subprocess.Popen(head, stdout=out, env=self.environment)
         self.address = self._lines(at_least=1)[0]
 
     def _lines(self, at_least: int) -> list[str]:
@@ -69,6 +76,10 @@ class Cluster:
             assert time.monotonic() < deadline, f"free: {self._lines(1)[-1]} CPUs"
             time.sleep(0.1)
 
+    def run_directories(self) -> list[str]:
+        """Run directories of engines that live, on what is this cluster's only node."""
+        return [name for name in os.listdir(self.directory / "tmp") if name.startswith("nanovllm-")]
+
     def close(self) -> None:
         """End the cluster."""
         processes = psutil.Process(self._process.pid).children(recursive=True)
@@ -79,6 +90,34 @@ class Cluster:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
+
+
+class Launcher:
+    """A program that starts an engine in the cluster, and stops it when its standard input ends."""
+
+    def __init__(self, cluster: Cluster, config: EngineConfig) -> None:
+        source = (
+            "import sys; from nanovllm_dist.config import EngineConfig\n"
+            "from nanovllm_dist.launcher.engine import Engine\n"
+            "engine = Engine.start(EngineConfig.from_json(sys.argv[1]))\n"
+            "print(engine.address, *engine.pids.values(), flush=True); sys.stdin.read(); engine.stop()"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", source, config.to_json()],
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+            text=True,
+            env=cluster.environment,
+        )
+
+    def ready(self) -> tuple[str, list[int]]:
+        """The engine's address and the pids of its processes."""
+        assert self.process.stdout is not None
+        address, *pids = self.process.stdout.readline().split()
+        return address, [int(pid) for pid in pids]
+
+    def end(self) -> str:
+        """Let it stop; returns what it wrote to stderr."""
+        return self.process.communicate(timeout=120)[1]
 
 
 @pytest.fixture(scope="module")
@@ -100,52 +139,55 @@ def config(model: str, cluster: Cluster, **options: object) -> EngineConfig:
     return EngineConfig(model=model, **{**given, **options})  # type: ignore[arg-type]
 
 
-def test_an_engine_runs_in_the_cluster_and_gives_everything_back(model: str, cluster: Cluster) -> None:
-    engine = Engine.start(config(model, cluster, tensor_parallel_size=2))
-    cluster.wait_until_free(0)
-    pids = engine.pids
-    client = DistLLM.connect(engine.address)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
-    assert len(client.generate([[1, 2]], params, use_tqdm=False)[0].token_ids) == 4
-    client.close()
-
-    engine.stop()
-
-    cluster.wait_until_free(2)
-    assert not any(psutil.pid_exists(pid) for pid in pids.values())
-
-
-def test_a_cluster_that_is_too_small_says_what_it_has(model: str, cluster: Cluster) -> None:
-    with pytest.raises(EngineStartError, match=r"has 2 CPU \(2 free\), and 4 x 1 CPU was asked for"):
-        Engine.start(config(model, cluster, tensor_parallel_size=4, startup_timeout=3.0))
-    cluster.wait_until_free(2)
-
-
-def test_a_launcher_that_is_killed_leaves_nothing_in_the_cluster(model: str, cluster: Cluster) -> None:
-    source = (
-        "import sys, time; from nanovllm_dist.config import EngineConfig;"
-        "from nanovllm_dist.launcher.engine import Engine;"
-        "engine = Engine.start(EngineConfig.from_json(sys.argv[1]));"
-        "print(*engine.pids.values(), flush=True); time.sleep(600)"
-    )
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", source, config(model, cluster).to_json()], stdout=subprocess.PIPE, text=True
-    )
-    assert launcher.stdout is not None
-    pids = [int(pid) for pid in launcher.stdout.readline().split()]
-    before = set(os.listdir(tempfile.gettempdir()))
-
-    launcher.kill()
-    launcher.wait()
-
-    cluster.wait_until_free(2)
+def wait_until_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + 20
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert set(os.listdir(tempfile.gettempdir())) <= before
 
 
-def test_an_address_without_a_cluster_is_an_error(model: str) -> None:
-    with pytest.raises(EngineStartError, match=r"Ray at 127\.0\.0\.1:1 cannot be joined"):
+def test_an_engine_runs_in_the_cluster_and_gives_everything_back(model: str, cluster: Cluster) -> None:
+    launcher = Launcher(cluster, config(model, cluster, tensor_parallel_size=2))
+    address, pids = launcher.ready()
+    cluster.wait_until_free(0)
+    client = DistLLM.connect(address)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
+    assert len(client.generate([[1, 2]], params, use_tqdm=False)[0].token_ids) == 4
+    client.close()
+
+    launcher.end()
+
+    assert len(pids) == 3
+    cluster.wait_until_free(2)
+    wait_until_gone(pids)
+    assert cluster.run_directories() == []
+
+
+def test_a_cluster_that_is_too_small_says_what_it_has(model: str, cluster: Cluster) -> None:
+    launcher = Launcher(cluster, config(model, cluster, tensor_parallel_size=4, startup_timeout=3.0))
+    assert "has 2 CPU (2 free), and 4 x 1 CPU was asked for" in launcher.end()
+    cluster.wait_until_free(2)
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_in_the_cluster(model: str, cluster: Cluster) -> None:
+    launcher = Launcher(cluster, config(model, cluster))
+    _, pids = launcher.ready()
+    assert len(pids) == 2
+    assert len(cluster.run_directories()) == 3  # the launcher's, and one of each actor
+
+    launcher.process.kill()
+    launcher.process.communicate()
+
+    cluster.wait_until_free(2)
+    wait_until_gone(pids)
+    deadline = time.monotonic() + 20
+    while left := cluster.run_directories():
+        assert time.monotonic() < deadline, [list((cluster.directory / "tmp" / name).iterdir()) for name in left]
+        time.sleep(0.1)
+
+
+def test_an_address_without_a_cluster_is_an_error_at_once(model: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineStartError, match=r"Ray at 127\.0\.0\.1:1 cannot be joined.*refused"):
         Engine.start(EngineConfig(model=model, ray_address="127.0.0.1:1", load_format="dummy"))
+    assert time.monotonic() - started < 30

@@ -108,6 +108,7 @@ def test_a_default_gives_way_to_a_limit_that_was_set(model: str) -> None:
         ({"device": "abacus"}, "device='abacus'"),
         ({"transport": "ipc", "port": 5555}, "host and port are for transport=tcp"),
         ({"host": "0.0.0.0"}, "listens on every interface"),
+        ({"ray_address": "ray://h:1"}, "is Ray Client"),
     ],
 )
 def test_a_contradiction_is_refused_with_what_to_change(model: str, options: dict[str, Any], message: str) -> None:
