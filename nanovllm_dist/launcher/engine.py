@@ -80,7 +80,8 @@ class Engine:
         deadline = time.monotonic() + resolved.startup_timeout
         deployment = Deployment(resolved)
         try:
-            report(Progress("cluster"))
+            if resolved.launcher == "ray":
+                report(Progress("cluster"))
             deployment.open()
             report(Progress("start"))
             deployment.launch(deadline)
