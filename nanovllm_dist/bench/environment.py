@@ -13,7 +13,10 @@ from nanovllm_dist import __version__
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Versions ("" where a package is not installed), the CPU's name, and the cores this process may use."""
+    """Versions ("" where a package is not installed), the CPU's name, and the cores this process may use.
+
+    `load`: processes that wanted to run in the minute before. Above 0 others disturb the measurement.
+    """
 
     nanovllm_dist: str
     python: str
@@ -22,10 +25,16 @@ class Environment(msgspec.Struct, frozen=True):
     system: str
     cpu: str
     cores: int
+    load: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes wanted more than half a core: figures, and ratios too, are then noise."""
+        return self.load > 0.5
 
 
 def describe_environment() -> Environment:
-    """The environment of this process. Imports neither torch nor transformers."""
+    """The environment of this process now. Imports neither torch nor transformers."""
     return Environment(
         nanovllm_dist=__version__,
         python=platform.python_version(),
@@ -34,6 +43,7 @@ def describe_environment() -> Environment:
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu_name(),
         cores=usable_cores(),
+        load=round(os.getloadavg()[0], 2),
     )
 
 

@@ -54,6 +54,7 @@ def measure_latency(
 ) -> LatencyReport:
     """Start an engine, measure, stop it. `notify` hears of every run. Raises NanoVLLMError."""
     session = open_session(config, workload)
+    environment = describe_environment()
     timelines: list[list[float]] = []
     with DistLLM.from_engine(Engine.start(config, progress=True)) as llm:
         _run(llm, workload, "warm-up", settings.temperature)
@@ -76,7 +77,7 @@ def measure_latency(
             itemsize=session.itemsize,
         )
     return LatencyReport(
-        environment=describe_environment(),
+        environment=environment,
         engine=engine,
         workload=workload_summary(workload, settings.temperature),
         runs=settings.runs,

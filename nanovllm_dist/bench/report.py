@@ -83,6 +83,7 @@ def show_startup(report: StartupReport, console: Console | None = None) -> None:
 
 def _add_comparison(table: Table, comparison: Comparison) -> None:
     rates, name = comparison.rates, f"{comparison.rival}, batches of {comparison.batch_size}"
+    table.add_row("OpenMP waiting of the rival", comparison.waiting)
     table.add_row(f"{name}: output tokens/s, median", f"{rates.median_output_tokens_per_second:,.1f}")
     table.add_row(f"{name}: of each run", _listed(rates.output_tokens_per_second))
     table.add_row("ratio of medians", f"{comparison.ratio:.2f} x")
@@ -121,7 +122,9 @@ def _show_engine(
 def _environment(environment: Environment) -> str:
     names = ("nanovllm_dist", "python", "torch", "transformers")
     versions = ", ".join(f"{name} {getattr(environment, name) or 'not installed'}" for name in names)
-    return f"{versions}; {environment.cpu}, {environment.cores} cores"
+    load = f"load {environment.load:g} before the start"
+    warning = ": the host was busy, the figures are noise" if environment.busy else ""
+    return f"{versions}; {environment.cpu}, {environment.cores} cores, {load}{warning}"
 
 
 def _distributions(rows: Mapping[str, Distribution | None]) -> Table:

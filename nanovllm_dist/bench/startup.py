@@ -39,6 +39,7 @@ def measure_startup(config: EngineConfig, runs: int, notify: Callable[[str], Non
     The model is fetched before, if need be; its files may be in the system's cache already.
     """
     session = open_session(config)
+    environment = describe_environment()
     timelines = []
     for number in range(1, runs + 1):
         timelines.append(_start_once(config))
@@ -47,7 +48,7 @@ def measure_startup(config: EngineConfig, runs: int, notify: Callable[[str], Non
     ready = [times["ready"] for times in timelines]
     first_token = [times["first_token"] for times in timelines]
     return StartupReport(
-        environment=describe_environment(),
+        environment=environment,
         model=session.resolved.served_model_name,
         launcher=session.resolved.launcher,
         dtype=session.resolved.dtype,

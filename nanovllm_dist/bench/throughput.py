@@ -16,7 +16,7 @@ from nanovllm_dist.bench.engine_run import EngineCounters, EngineRun, counted, r
 from nanovllm_dist.bench.environment import Environment, describe_environment
 from nanovllm_dist.bench.roofline import Hardware, Limit, limit
 from nanovllm_dist.bench.session import EngineSummary, Session, WorkloadSummary, open_session, workload_summary
-from nanovllm_dist.bench.transformers_baseline import BATCH_SIZE, TransformersBaseline
+from nanovllm_dist.bench.transformers_baseline import BATCH_SIZE, TransformersBaseline, waiting_policy
 from nanovllm_dist.bench.workloads import Workload
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.config import EngineConfig
@@ -46,9 +46,13 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """The rival's rates; `ratio` is our median over its median, `ratios` those of each pair of neighbours."""
+    """The rival's rates; `ratio` is our median over its median, `ratios` those of each pair of neighbours.
+
+    `waiting`: the OpenMP waiting policy it ran with.
+    """
 
     rival: str
+    waiting: str
     batch_size: int
     rates: Rates
     ratio: float
@@ -80,6 +84,7 @@ def measure_throughput(
 ) -> ThroughputReport:
     """Start an engine, measure, stop it. `notify` hears of every run. Raises NanoVLLMError."""
     session = open_session(config, workload)
+    environment = describe_environment()
     with ExitStack() as stack:
         llm = stack.enter_context(DistLLM.from_engine(Engine.start(config, progress=True)))
         rival = stack.enter_context(TransformersBaseline(session.resolved)) if settings.compare else None
@@ -92,7 +97,7 @@ def measure_throughput(
             notify("streaming every token, for the time between them")
             gaps = token_gaps(llm, workload, "streamed", settings.temperature)
         engine = session.engine_summary(llm.info)
-    return _report(session, engine, workload, settings, ours, theirs, counters, gaps)
+    return _report(session, environment, engine, workload, settings, ours, theirs, counters, gaps)
 
 
 def _warm_up(llm: DistLLM, rival: TransformersBaseline | None, workload: Workload, temperature: float) -> None:
@@ -125,6 +130,7 @@ def _take_turns(
 
 def _report(
     session: Session,
+    environment: Environment,
     engine: EngineSummary,
     workload: Workload,
     settings: ThroughputSettings,
@@ -145,7 +151,7 @@ def _report(
             itemsize=session.itemsize,
         )
     return ThroughputReport(
-        environment=describe_environment(),
+        environment=environment,
         engine=engine,
         workload=workload_summary(workload, settings.temperature),
         rates=rates,
@@ -169,4 +175,6 @@ def _rates(seconds: list[float], workload: Workload) -> Rates:
 def _comparison(ours: Rates, theirs: Rates) -> Comparison:
     pairs = zip(ours.output_tokens_per_second, theirs.output_tokens_per_second, strict=True)
     ratio = ours.median_output_tokens_per_second / theirs.median_output_tokens_per_second
-    return Comparison("transformers", BATCH_SIZE, theirs, ratio, [our / their for our, their in pairs])
+    return Comparison(
+        "transformers", waiting_policy(), BATCH_SIZE, theirs, ratio, [our / their for our, their in pairs]
+    )

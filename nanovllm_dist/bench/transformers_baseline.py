@@ -1,7 +1,9 @@
 """TransformersBaseline: Hugging Face `generate` as a rival, on the same work, in a process of its own.
 
 Static batches, left padding, every batch run to its longest answer. Only wanted tokens count as output, as they
-would to a user. What it is compared with is not known here.
+would to a user. It has the threads of one rank with all the cores, and waits as OpenMP's default has it, by spinning:
+that is fastest on an idle host and ruinous on a busy one, where OMP_WAIT_POLICY=PASSIVE in the caller's environment
+is fairer.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.workers.platform import get_platform
 
 BATCH_SIZE = 32
+_WAITING = "OMP_WAIT_POLICY"
 
 
 class TransformersBaseline:
@@ -28,9 +31,11 @@ class TransformersBaseline:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        # threads as one rank of ours that has all the cores; spinning while they wait, they collapse on a busy host
         alone = config.replace(tensor_parallel_size=1, threads_per_worker=0)
         environment = {**os.environ, **get_platform(config.device).worker_environment(alone)}
+        environment.pop(_WAITING, None)
+        if _WAITING in os.environ:
+            environment[_WAITING] = os.environ[_WAITING]
         self._process = JsonProcess("transformers", "nanovllm_dist.bench.transformers_worker", environment)
         try:
             self._process.send(msgspec.to_builtins(alone))
@@ -58,3 +63,8 @@ class TransformersBaseline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.__exit__(kind, error, trace)
+
+
+def waiting_policy() -> str:
+    """How the rival's threads wait: `default`, or what OMP_WAIT_POLICY says."""
+    return os.environ.get(_WAITING, "default")

@@ -78,8 +78,10 @@ class Deployment:
         self._write_key_file()
 
     def dead(self) -> RunningProcess | None:
-        """The first process that has ended, if one has."""
-        return next((process for process in self.processes if process.poll() is not None), None)
+        """A process that has ended, if one has: rather one that was killed or failed than one that left in order."""
+        codes = [(process, process.poll()) for process in self.processes]
+        ended = [(code >= 0, code == 0, process) for process, code in codes if code is not None]
+        return min(ended, key=lambda entry: entry[:2])[2] if ended else None
 
     def timeout_report(self) -> str:
         """That the engine took too long, with what every process wrote last."""

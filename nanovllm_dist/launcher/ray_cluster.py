@@ -108,6 +108,8 @@ class RemoteProcess:
         self._call("kill")
 
     def _call(self, method: str, gone: Any = None) -> Any:
+        if not ray.is_initialized():  # as the program ends Ray may have left before us, and a call would start it anew
+            return gone
         try:
             return ray.get(self._actor.call.remote(method), timeout=_CALL_SECONDS)
         except GetTimeoutError:

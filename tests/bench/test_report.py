@@ -63,7 +63,7 @@ THROUGHPUT = ThroughputReport(
     e2e=TIMES,
     itl=None,
     counters=COUNTERS,
-    comparison=Comparison("transformers", 32, RATES, 1.25, [1.0, 1.25, 1.5]),
+    comparison=Comparison("transformers", "default", 32, RATES, 1.25, [1.0, 1.25, 1.5]),
     limit=LIMIT,
     share_of_limit=0.4,
 )
@@ -96,7 +96,7 @@ STARTUP = StartupReport(
 
 
 def shown(report: Report) -> str:
-    console = Console(file=io.StringIO(), width=160)
+    console = Console(file=io.StringIO(), width=220)
     if isinstance(report, ThroughputReport):
         show_throughput(report, console)
     elif isinstance(report, LatencyReport):
@@ -149,6 +149,13 @@ def test_the_startup_table_shows_medians_phases_and_every_run() -> None:
 
 def test_a_long_histogram_shows_its_most_frequent_sizes() -> None:
     assert "12: 12  (and 4 other sizes)" in shown(THROUGHPUT)
+
+
+def test_a_busy_host_is_said_so_beside_the_figures() -> None:
+    quiet = msgspec.structs.replace(STARTUP, environment=msgspec.structs.replace(STARTUP.environment, load=0.1))
+    busy = msgspec.structs.replace(STARTUP, environment=msgspec.structs.replace(STARTUP.environment, load=3.5))
+    assert "the host was busy" not in shown(quiet)
+    assert "load 3.5 before the start: the host was busy" in shown(busy)
 
 
 def test_the_environment_names_the_machine_and_the_versions() -> None:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from engine_sandbox import LAUNCHERS, Command, Sandbox, model, sandbox
+from engine_sandbox import LAUNCHERS, SMALL, Command, Sandbox, model, sandbox
+
+from nanovllm_dist.config import EngineConfig
 
 __all__ = ["model", "sandbox"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -100,4 +105,25 @@ def test_prompts_are_answered_in_order_and_a_refused_one_is_named(model: str, sa
     assert [record["id"] for record in records] == ["a", "b", "c"]
     assert [record.get("num_tokens") for record in records] == [3, None, 3]
     assert records[1]["error"]["code"] == "invalid_request"
+    sandbox.assert_empty()
+
+
+FORGETFUL = """
+import sys, weakref
+if sys.argv[2] == "late":
+    weakref.finalize(sys, int)  # Ray, imported after this, takes its leave before the engine does
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.launcher.engine import Engine
+engine = Engine.start(EngineConfig.from_json(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("launcher", "order"), [("local", "early"), ("ray", "early"), ("ray", "late")])
+def test_a_program_that_ends_without_stopping_its_engine(
+    model: str, sandbox: Sandbox, launcher: Any, order: str
+) -> None:
+    config = EngineConfig(model=model, launcher=launcher, **SMALL).to_json()
+    command = [sys.executable, "-c", FORGETFUL, config, order]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     sandbox.assert_empty()
