@@ -13,7 +13,6 @@ import torch
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.models.config import ModelConfig
-from nanovllm_dist.models.layers.torch_attention import TorchAttention
 from nanovllm_dist.models.loader import dummy_weights, load_weights
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.registry import build_model
@@ -46,7 +45,8 @@ class ModelRunner:
         self._comm = comm
         self._device = device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.model = build_model(model_config, comm, TorchAttention(), self.dtype, device)
+        backend = platform.attention_backend(model_config.head_dim, self.dtype)
+        self.model = build_model(model_config, comm, backend, self.dtype, device)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.block_size, device)
         self._table = SamplingTable(config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids, device)
         self._sampler = Sampler(self._table)

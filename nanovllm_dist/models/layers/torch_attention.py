@@ -60,13 +60,17 @@ class TorchAttention:
 
     def prepare(self, batch: AttentionBatch) -> _Plan:
         """Buckets, gather indices and masks of this step."""
-        order = self._length_order(batch)
+        order = self._length_order(batch) if self.plans_decodes() else []
         buckets = self._decode_buckets(batch, order)
         sort = unsort = None
         if len(buckets) > 1:
             sort = torch.tensor(order, device=batch.block_tables.device)
             unsort = torch.argsort(sort)
         return _Plan(sort, unsort, buckets, _prefill_rows(batch), sum(batch.host_query_lens))
+
+    def plans_decodes(self) -> bool:
+        """Whether `attend` fills in the decode rows; a subclass may do so itself."""
+        return True
 
     def attend(
         self,

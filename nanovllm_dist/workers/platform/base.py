@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
+    from nanovllm_dist.models.layers.attention import AttentionBackend
     from nanovllm_dist.models.parallel import Communicator
 
 
@@ -47,6 +48,10 @@ class Platform(ABC):
     @abstractmethod
     def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
         """Join the process group over `store`; a world of one needs none."""
+
+    @abstractmethod
+    def attention_backend(self, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
+        """Paged attention for a model of this head size and dtype."""
 
     @abstractmethod
     def profile_tokens(self, config: EngineConfig) -> int:

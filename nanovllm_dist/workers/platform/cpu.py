@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
+    from nanovllm_dist.models.layers.attention import AttentionBackend
     from nanovllm_dist.models.parallel import Communicator
 
 # Without --kv-cache-memory all ranks together take this share of the memory that is free after loading
 FREE_MEMORY_SHARE = 0.25
 _WARM_UP_TOKENS = 16
+# A step is hundreds of parallel regions a few microseconds apart. Threads that sleep between them cost a wake-up
+# each time: 64 decodes of a 135M model on two cores took 297 ms asleep, 209 ms at 1,000 spins, 145 ms at this
+_SPIN_COUNT = "1000000"
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -41,9 +45,13 @@ class CpuPlatform(Platform):
         return True
 
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
-        """Thread counts; oversubscribed cores make a linear layer 30 times slower, so waiting must not spin."""
+        """Each rank's share of the cores, and how long its threads wait for each other awake."""
         threads = config.threads_per_worker or max(1, _usable_cores() // config.tensor_parallel_size)
-        return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        return {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
+        }
 
     def open_device(self, device_index: int, config: EngineConfig) -> torch.device:
         """The one CPU device."""
@@ -62,6 +70,12 @@ class CpuPlatform(Platform):
 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
         return GroupCommunicator()
+
+    def attention_backend(self, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
+        """The C kernel for decodes where it can be built, else torch alone."""
+        from nanovllm_dist.workers.platform.cpu_attention import CpuAttention
+
+        return CpuAttention(head_dim, dtype)
 
     def profile_tokens(self, config: EngineConfig) -> int:
         """A few: activations do not compete with the cache for a memory of their own, so it only warms up."""

@@ -1,0 +1,72 @@
+"""Builds and loads `cpu_decode.c` with the machine's own C compiler, once per machine; without one there is none.
+
+The library lies in the cache directory under a name that holds everything it depends on: source, flags, compiler
+and processor. It knows how to build, not what the kernel computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger("worker")
+
+_SOURCE = Path(__file__).with_name("cpu_decode.c")
+_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_BUILD_SECONDS = 60
+
+
+@functools.cache
+def decode_library() -> ctypes.CDLL | None:
+    """The loaded library, or None (and a line in the log) where it cannot be built."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.info("no C compiler: decode attention runs on torch's own operators, which is slower")
+        return None
+    try:
+        path = _built(compiler)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or b""
+        log.warning("cpu_decode.c was not built: %s %s", error, output[-500:])
+        return None
+
+
+def _built(compiler: str) -> Path:
+    # libgomp, which torch has loaded, is shared with it; 512-bit vectors are a third faster where there are any
+    flags = [*_FLAGS, *(["-mprefer-vector-width=512"] if "avx512f" in _processor() else [])]
+    key = hashlib.sha256(" ".join([_SOURCE.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()[:16]
+    path = _directory() / f"cpu_decode-{key}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            built = Path(scratch) / path.name
+            command = [compiler, *flags, str(_SOURCE), "-o", str(built), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
+            os.replace(built, path)
+    return path
+
+
+def _directory() -> Path:
+    root = os.environ.get("NANOVLLM_CACHE") or Path.home() / ".cache" / "nanovllm_dist"
+    directory = Path(root) / "kernels"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise PermissionError(f"{directory} belongs to another user: code is not loaded from it")
+    return directory
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
