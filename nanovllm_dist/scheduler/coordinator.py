@@ -88,7 +88,6 @@ class Coordinator:
     # --- one turn of the loop ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        self._clock.work_begins(time.perf_counter())
         while (received := self._workers.receive()) is not None:
             self._from_worker(*received)
         while (received := self._clients.receive()) is not None:
@@ -97,15 +96,15 @@ class Coordinator:
         for client in self._outbox.send(self._clients.send):
             self._client_gone(client)
         self._ping_workers()
-        unfinished = self._scheduler is not None and self._scheduler.has_unfinished
-        self._clock.work_ends(time.perf_counter(), unfinished)
 
     def _plan_steps(self) -> None:
         if self._scheduler is None:
             return
+        if not self._scheduler.has_unfinished:
+            self._clock.idle(time.process_time())
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._to_workers(plan.to_message(_EPOCH))
-            self._clock.step_left(time.perf_counter(), len(self._scheduler.running), len(plan.rows))
+            self._clock.step_left(time.process_time(), len(self._scheduler.running), len(plan.rows))
 
     # --- clients -------------------------------------------------------------------------------------------
 

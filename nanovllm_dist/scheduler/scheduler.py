@@ -180,7 +180,8 @@ class Scheduler:
     def _schedule_running(self, plan: StepPlan) -> int:
         """Give every running request its tokens, preempting from the end when blocks run out."""
         budget, index = self._budget, 0
-        block_size, running = self._block_size, self.running
+        block_size, chunk = self._block_size, self._chunk
+        running, rows = self.running, plan.rows
         while index < len(running):
             request = running[index]
             index += 1
@@ -189,12 +190,17 @@ class Scheduler:
             if start >= known or (request.num_pending and known >= request.max_total):
                 continue  # a step in flight ends it, or must return first
             later = len(running) - index
-            count = min(known - start, self._chunk, max(1, budget - later))
-            missing = -(-(start + count) // block_size) - len(request.blocks)
+            count = min(known - start, chunk, max(1, budget - later))
+            missing = (start + count + block_size - 1) // block_size - len(request.blocks)
             if missing > 0 and not self._grow(request, missing, plan):
                 break
             budget -= count
-            self._add_row(plan, request, start, count, known)
+            if start + 1 == known and start >= request.prompt_len:  # a decode: _add_row without what it cannot need
+                request.num_scheduled += 1
+                request.num_pending += 1
+                rows.append(Row(request, request.slot, 1, True, request.incarnation))
+            else:
+                self._add_row(plan, request, start, count, known)
         return budget
 
     def _grow(self, request: Request, missing: int, plan: StepPlan) -> bool:
@@ -289,13 +295,13 @@ class Scheduler:
         if request.first_token < 0:
             request.first_token = now
         result.tokens.append((request, token))
+        if request.num_computed // self._block_size > request.num_registered:
+            self._register_blocks(request)
         if token in request.stop_ids:
             request.stop_token = token
             self._finish(request, "stop", result)
         elif len(request.tokens) >= request.max_total:
             self._finish(request, "length", result)
-        elif request.running:
-            self._register_blocks(request)
 
     def _finish(self, request: Request, reason: str, result: Committed) -> None:
         if request.running:

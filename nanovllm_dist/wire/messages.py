@@ -209,7 +209,7 @@ class EngineStats(_Message, frozen=True):
     preemptions: int
     finished: dict[str, int]
     seconds_since_step: float
-    host_us_per_step: dict[int, tuple[int, float]]  # running requests, to a power of two -> (steps, mean µs)
+    host_us_per_step: dict[int, tuple[int, float]]  # running, to a power of two -> (steps, mean µs of processor time)
     batch_histogram: dict[int, int]  # rows per step -> steps
 
 
