@@ -52,7 +52,7 @@ class DistLLM:
 
         config = _make_config(model, options)
         engine = Engine.start(config, progress=progress)
-        self._attach(engine, Connection(engine.address, engine.key_file), config.tokenizer)
+        self._attach(engine, Connection(engine.address, engine.key_file), engine.config.tokenizer)
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:

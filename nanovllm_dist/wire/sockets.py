@@ -75,7 +75,7 @@ class Server:
     def receive(self) -> tuple[bytes, bytes] | None:
         """(identity, frame) of the next message, or None when there is none now."""
         # asking first is cheaper than the exception of a receive that finds nothing
-        if not self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
         identity = frame = self.socket.recv()
         while self.socket.getsockopt(zmq.RCVMORE):
