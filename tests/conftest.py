@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-TINY_VOCAB = 512
-
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
@@ -32,7 +30,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": TINY_VOCAB,
+        "vocab_size": 512,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,

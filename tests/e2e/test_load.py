@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import TINY_VOCAB
 
 from nanovllm_dist import LLM, AsyncDistLLM, SamplingParams
 
 REQUESTS = 512
+VOCAB = 512  # of the tiny model
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ async def _both_clients(
     async def one(client: AsyncDistLLM, prompt_len: int, output_len: int, aborted: bool, delay: float) -> str | None:
         nonlocal late
         params = SamplingParams(temperature=0.8, max_tokens=output_len, ignore_eos=True, detokenize=False)
-        prompt = [rng.randrange(3, TINY_VOCAB) for _ in range(prompt_len)]
+        prompt = [rng.randrange(3, VOCAB) for _ in range(prompt_len)]
         generation = client.stream(prompt, params)
         reason: str | None = None
         count = 0
