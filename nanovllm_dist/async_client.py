@@ -103,9 +103,9 @@ class AsyncStream:
                 loop.call_soon_threadsafe(news.put_nowait, output)
 
         self._news = news
-        self._finished = False
         self._generation = client.make_generation(prompt, params, deliver, streaming)
         self._generation.submit(priority, cache_salt)
+        self._finished = False
 
     def abort(self) -> None:
         """End the request if it runs; the iteration still yields its last output."""

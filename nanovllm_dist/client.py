@@ -9,6 +9,7 @@ It knows prompts, texts and outputs; how an engine is started is the launcher's 
 from __future__ import annotations
 
 import queue
+import threading
 import time
 import weakref
 from collections import deque
@@ -68,19 +69,20 @@ class DistLLM:
         Raises EngineConnectError when none answers within `timeout` seconds.
         """
         self = cls.__new__(cls)
-        self._attach(None, Connection(address, key_file, timeout), "")
+        self._attach(None, Connection(address, key_file, timeout), "", timeout)
         return self
 
-    def _attach(self, engine: Engine | None, connection: Connection, tokenizer: str) -> None:
+    def _attach(self, engine: Engine | None, connection: Connection, tokenizer: str, timeout: float = 10.0) -> None:
         self.engine = engine
         self._connection = connection
         self._tokenizer_name = tokenizer
+        self._lock = threading.Lock()
         self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
         # runs at close, when the client is garbage, and at interpreter exit, whichever is first, and once
         self._finalizer = weakref.finalize(self, _close, engine, connection)
         if engine is not None:
             engine.on_death(connection.fail)
-        self.info: EngineInfo = connection.wait_ready(timeout=10.0)
+        self.info: EngineInfo = connection.wait_ready(timeout)
 
     # --- generation ----------------------------------------------------------------------------------------
 
@@ -137,16 +139,20 @@ class DistLLM:
         window = max(1, self.info.max_queued // 2)
         outstanding, not_before = 0, 0.0
         while waiting or outstanding:
-            while waiting and outstanding < window and time.monotonic() >= not_before:
+            while waiting and time.monotonic() >= not_before:
+                answers = waiting[0][1].params.n
+                if outstanding and outstanding + answers > window:
+                    break
                 waiting.popleft()[1].submit(priority, cache_salt)
-                outstanding += 1
+                outstanding += answers
             try:
                 index, output = done.get(timeout=_RETRY_SECONDS if waiting else None)
             except queue.Empty:
                 continue
-            outstanding -= 1
             one = generations[index]
-            if isinstance(output.error, QueueFullError) and isinstance(one, Generation):
+            outstanding -= len(output.outputs)
+            fits = len(output.outputs) <= self.info.max_queued
+            if isinstance(output.error, QueueFullError) and isinstance(one, Generation) and fits:
                 waiting.append((index, one))  # other clients fill the queue: wait for room
                 not_before = time.monotonic() + _RETRY_SECONDS
                 continue
@@ -223,12 +229,15 @@ class DistLLM:
         text, ids = self._encode(prompt)
         tokenizer = self.tokenizer if params.detokenize or params.bad_words else None
         generation = Generation(self._connection, tokenizer, text, ids, params, on_output, streaming)
-        self._generations.add(generation)
+        with self._lock:
+            self._generations.add(generation)
         return generation
 
     def abort(self, request_id: int) -> None:
         """End the request whose outputs carry this id, from any thread; an unknown or ended one is ignored."""
-        for generation in list(self._generations):
+        with self._lock:
+            generations = list(self._generations)
+        for generation in generations:
             if generation.request_id == request_id:
                 generation.abort()
 

@@ -61,7 +61,7 @@ class Connection:
         self._stats: deque[Future[wire.EngineStats]] = deque()
         self._error: NanoVLLMError | None = None
         self._closing = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection may abort a request while this thread holds it
         self._last_heard = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = Channel(self._context, address, wire.RESULT_FRAME_LIMIT, _read_keys(address, key_file))
@@ -122,8 +122,13 @@ class Connection:
                 raise EngineConnectError(f"the engine at {self.address} was not ready within {timeout:g} s")
             seen = status
 
+    def next_id(self) -> int:
+        """An id for a request to submit."""
+        return next(self._ids)
+
     def submit(
         self,
+        request_id: int,
         prompt: bytes,
         params: SamplingParams,
         sink: Sink,
@@ -131,17 +136,16 @@ class Connection:
         bad_words: list[bytes] | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> int:
-        """Queue a request; `sink` hears of it until its end. Returns its id. Raises EngineDeadError."""
-        request_id = next(self._ids)
+    ) -> None:
+        """Queue a request; `sink` hears of it until its end. Raises EngineDeadError, WireError for one too large."""
+        frame = _frame(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
         with self._lock:
             if self._error is not None:
                 raise self._error
             if not self._sinks:
                 self._last_heard = time.monotonic()
             self._sinks[request_id] = sink
-        self._send(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
-        return request_id
+        self._queue(frame)
 
     def abort(self, ids: list[int], reason: str = "abort") -> None:
         """Ask for the end of these requests; each still ends through its sink."""
@@ -200,9 +204,9 @@ class Connection:
         return receiving, sending
 
     def _send(self, message: wire.ClientMessage) -> None:
-        frame = wire.encode(message)
-        if len(frame) > wire.CLIENT_FRAME_LIMIT:
-            raise WireError(f"the request takes {len(frame)} bytes, over the limit of {wire.CLIENT_FRAME_LIMIT}")
+        self._queue(_frame(message))
+
+    def _queue(self, frame: bytes) -> None:
         self._outgoing.append(frame)
         self._wake()
 
@@ -227,6 +231,8 @@ class Connection:
                         self._receive(frame)
                 self._watch()
             self._flush()
+        except Exception as error:  # a caller must not wait for a thread that is gone
+            self.fail(EngineDeadError(f"the connection broke: {type(error).__name__}: {error}"))
         finally:
             self._channel.close()
             with self._lock:
@@ -257,18 +263,18 @@ class Connection:
 
     def _outputs(self, message: wire.Outputs) -> None:
         logprobs = dict(message.logprobs)
-        sinks = self._sinks
         tokens = wire.unpack_ints(message.tokens)
         for index, request_id in enumerate(wire.unpack_ints(message.ids)):
-            sink = sinks.get(request_id)
+            sink = self._sinks.get(request_id)
             if sink is not None:
                 sink.on_token(tokens[index], logprobs.get(index))
         for entry in message.prompt_logprobs:
-            if entry.id in sinks:
-                sinks[entry.id].on_prompt_logprobs(entry.positions)
+            sink = self._sinks.get(entry.id)
+            if sink is not None:
+                sink.on_prompt_logprobs(entry.positions)
         for finished in message.finished:
             with self._lock:
-                sink = sinks.pop(finished.id, None)
+                sink = self._sinks.pop(finished.id, None)  # not there if `fail` has ended it meanwhile
             if sink is not None:
                 sink.on_finished(finished)
 
@@ -291,6 +297,13 @@ class Connection:
         elif silent > _PROBE_AFTER_SECONDS and not self._stats:
             self._stats.append(Future())
             self._channel.send(wire.encode(wire.StatsRequest()))
+
+
+def _frame(message: wire.ClientMessage) -> bytes:
+    frame = wire.encode(message)
+    if len(frame) > wire.CLIENT_FRAME_LIMIT:
+        raise WireError(f"the request takes {len(frame)} bytes, over the limit of {wire.CLIENT_FRAME_LIMIT}")
+    return frame
 
 
 def _settle(future: Future[wire.EngineStats], result: wire.EngineStats | NanoVLLMError) -> None:

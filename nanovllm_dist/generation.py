@@ -48,26 +48,34 @@ class Generation:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._connection = connection
         self._tokenizer = tokenizer if params.detokenize else None
+        self._bad_words = [wire.pack_ints(ids) for ids in bad_words_ids(tokenizer, params.bad_words)]
         self._on_output = on_output
         self._streaming = streaming
-        self._kind = params.output_kind or ("delta" if streaming else "final")
+        self._kind = (params.output_kind or "delta") if streaming else "final"
         self._ids: list[int] = []
         self._answers: list[_Answer] = []
 
     def submit(self, priority: int = 0, cache_salt: str = "") -> None:
         """Send the requests. Raises EngineDeadError, or WireError for a prompt larger than a frame may be."""
-        bad_words = [wire.pack_ints(ids) for ids in bad_words_ids(self._tokenizer, self.params.bad_words)]
         packed = array("i", self.prompt_ids).tobytes()
         incremental = self._tokenizer is not None and (self._streaming or bool(self.params.stop_strings))
         self._answers = [_Answer(self, index, self._tokenizer, incremental) for index in range(self.params.n)]
         self.abort()  # a full queue may have refused only some of the answers
+        bad_words = self._bad_words
         self._ids = []
         self.error = None
         for index, answer in enumerate(self._answers):
-            answer.request_id = self._connection.submit(
-                packed, self._params_of(index), answer, bad_words=bad_words, priority=priority, cache_salt=cache_salt
-            )
+            answer.request_id = self._connection.next_id()
             self._ids.append(answer.request_id)
+            self._connection.submit(
+                answer.request_id,
+                packed,
+                self._params_of(index),
+                answer,
+                bad_words=bad_words,
+                priority=priority,
+                cache_salt=cache_salt,
+            )
 
     def abort(self, reason: str = "abort") -> None:
         """End all its requests; `on_output` still hears of the end."""

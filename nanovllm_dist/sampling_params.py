@@ -18,6 +18,8 @@ OutputKind = Literal["cumulative", "delta", "final"]
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 64
 MAX_LIST = 4096
+MAX_COUNT = 2**31 - 1
+MAX_STRING = 4096
 _SEED_LIMIT = 2**63
 
 
@@ -82,7 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(1 <= self.n <= 128, "n", self.n, "between 1 and 128")
         _require(_finite(self.temperature, 0.0, 100.0), "temperature", self.temperature, "between 0 and 100")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or positive")
+        _require(-1 <= self.top_k <= MAX_COUNT, "top_k", self.top_k, "-1 or 0 (off), or positive")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
         _require(
             _finite(self.presence_penalty, -2.0, 2.0), "presence_penalty", self.presence_penalty, "between -2 and 2"
@@ -95,8 +97,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.seed is not None:
             _require(-_SEED_LIMIT <= self.seed < _SEED_LIMIT, "seed", self.seed, "a signed 64-bit integer")
         if self.max_tokens is not None:
-            _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
+            _require(1 <= self.max_tokens <= MAX_COUNT, "max_tokens", self.max_tokens, f"between 1 and {MAX_COUNT}")
+        _require(0 <= self.min_tokens <= MAX_COUNT, "min_tokens", self.min_tokens, f"between 0 and {MAX_COUNT}")
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _require(0 <= value <= MAX_LOGPROBS, name, value, f"between 0 and {MAX_LOGPROBS}")
@@ -104,8 +106,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def _check_lists(self) -> None:
         stop = self.stop_strings
         _require(len(stop) <= MAX_STOP_STRINGS, "stop", len(stop), f"at most {MAX_STOP_STRINGS} strings")
-        _require(all(stop), "stop", list(stop), "a list of non-empty strings")
-        _require(all(self.bad_words), "bad_words", list(self.bad_words), "a list of non-empty strings")
+        for name, strings in (("stop", stop), ("bad_words", self.bad_words)):
+            _require(all(strings), name, list(strings)[:8], "a list of non-empty strings")
+            longest = max(map(len, strings), default=0)
+            _require(longest <= MAX_STRING, name, f"... {longest} characters", f"at most {MAX_STRING} characters each")
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("allowed_token_ids", self.allowed_token_ids or ())):
             _require(all(t >= 0 for t in ids), name, list(ids)[:8], "a list of token ids")
         _require(len(self.stop_token_ids) <= MAX_LIST, "stop_token_ids", len(self.stop_token_ids), "a shorter list")

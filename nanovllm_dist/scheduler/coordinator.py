@@ -21,8 +21,9 @@ import msgspec
 import zmq
 
 from nanovllm_dist import __version__
-from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
+from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
+from nanovllm_dist.sampling_params import MAX_LIST
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.request import Request
 from nanovllm_dist.scheduler.scheduler import Scheduler
@@ -36,7 +37,10 @@ log = logging.getLogger("coordinator")
 _POLL_MS = 200
 _PING_SECONDS = 1.0
 _EPOCH = 0
+_MAX_BAD_WORD_TOKENS = 128
 _MAX_WATCHERS = 1024
+# Clients that never pause must not keep steps and results waiting
+_FRAMES_PER_TURN = 256
 
 
 class Coordinator:
@@ -90,7 +94,9 @@ class Coordinator:
     def _turn(self) -> None:
         while (received := self._workers.receive()) is not None:
             self._from_worker(*received)
-        while (received := self._clients.receive()) is not None:
+        for _ in range(_FRAMES_PER_TURN):
+            if (received := self._clients.receive()) is None:
+                break
             self._from_client(*received)
         self._plan_steps()
         for client in self._outbox.send(self._clients.send):
@@ -116,10 +122,10 @@ class Coordinator:
             elif isinstance(message, wire.AbortRequests):
                 self._abort(client, message)
             elif isinstance(message, wire.StatsRequest):
-                self._clients.send(client, wire.encode(self._stats()))
+                self._send_stats(client)
             else:
                 self._hello(client, message)
-        except WireError as error:
+        except (WireError, EngineDeadError) as error:
             log.warning("client %s: %s", client.hex(), error)
             self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
@@ -127,9 +133,21 @@ class Coordinator:
         if message.protocol != wire.PROTOCOL_VERSION:
             raise WireError(f"protocol {message.protocol} is not {wire.PROTOCOL_VERSION}: use matching versions")
         if len(self._watchers) >= _MAX_WATCHERS:
+            self._forget_clients_that_left()
+        if len(self._watchers) >= _MAX_WATCHERS:
             raise WireError(f"{_MAX_WATCHERS} clients are connected already")
         self._watchers[client] = None
         self._clients.send(client, wire.encode(self._status))
+
+    def _forget_clients_that_left(self) -> None:
+        frame = wire.encode(self._status)
+        for client in [c for c in self._watchers if not self._clients.send(c, frame)]:
+            self._client_gone(client)
+
+    def _send_stats(self, client: bytes) -> None:
+        if client not in self._watchers:
+            raise EngineDeadError("the connection was lost and its requests were ended: connect again")
+        self._clients.send(client, wire.encode(self._stats()))
 
     def _add(self, client: bytes, message: wire.AddRequest) -> None:
         if self._scheduler is None:
@@ -150,6 +168,7 @@ class Coordinator:
                 cache_salt=message.cache_salt,
                 bad_words=message.bad_words,
             )
+            _check_bad_words(message.bad_words)
             self._scheduler.add(request)
         except NanoVLLMError as error:
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
@@ -173,9 +192,7 @@ class Coordinator:
         if status == self._status:
             return
         self._status = status
-        frame = wire.encode(status)
-        for client in [c for c in self._watchers if not self._clients.send(c, frame)]:
-            self._client_gone(client)
+        self._forget_clients_that_left()
 
     def _stats(self) -> wire.EngineStats:
         scheduler = self._scheduler
@@ -336,6 +353,14 @@ class Coordinator:
                 self._scheduler.abort(request.key, reason)
                 self._outbox.finished(request, time.monotonic(), error)
         self._outbox.send(self._clients.send)
+
+
+def _check_bad_words(bad_words: list[bytes]) -> None:
+    if len(bad_words) > 2 * MAX_LIST:  # each word may begin with a space or not
+        raise InvalidRequestError(f"bad_words: {len(bad_words)} sequences are more than {2 * MAX_LIST}")
+    for word in bad_words:
+        if not 0 < len(word) <= 4 * _MAX_BAD_WORD_TOKENS or len(word) % 4:
+            raise InvalidRequestError(f"bad_words: a sequence has 1 to {_MAX_BAD_WORD_TOKENS} token ids of 4 bytes")
 
 
 def main() -> int:

@@ -170,6 +170,8 @@ class Scheduler:
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("logit_bias", params.logit_bias or ()),
         ):
+            if len(ids) > self._vocab_size:
+                raise InvalidRequestError(f"{name}: {len(ids)} entries for a vocabulary of {self._vocab_size}")
             if ids and max(ids) >= self._vocab_size:
                 raise InvalidRequestError(f"{name}: {max(ids)} is outside the vocabulary [0, {self._vocab_size})")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -99,11 +99,11 @@ class AddRequest(_Message, frozen=True):
     `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
     """
 
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
     prompt: bytes
     params: SamplingParams
     bad_words: list[bytes] = []
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] = 0
     cache_salt: str = ""
 
 
@@ -118,7 +118,7 @@ class AbortRequests(_Message, frozen=True):
 
 
 class StatsRequest(_Message, frozen=True):
-    """Ask for one EngineStats."""
+    """Ask for one EngineStats. A client that is not known (any more), and so must not wait, gets ProtocolError."""
 
 
 ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nanovllm_dist import LLM, AsyncDistLLM, RequestOutput, SamplingParams
-from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidRequestError
+from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidRequestError, QueueFullError
 
 pytestmark = pytest.mark.slow
 
@@ -154,6 +154,28 @@ def test_bad_words_and_allowed_tokens_reach_the_sampler(llm: LLM) -> None:
     assert "Paris" not in llm.generate(prompt, params, use_tqdm=False)[0].text
     params = SamplingParams(temperature=1.0, max_tokens=16, allowed_token_ids=[100, 200], ignore_eos=True)
     assert set(llm.generate(prompt, params, use_tqdm=False)[0].token_ids) <= {100, 200}
+
+
+def test_bad_words_need_no_text_in_return(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8, bad_words=["Paris"], detokenize=False)
+    (output,) = llm.generate("The capital of France is", params, use_tqdm=False)
+    assert "Paris" not in llm.tokenizer.decode(output.token_ids)
+
+
+@pytest.mark.parametrize("kind", ["delta", "cumulative", "final"])
+def test_generate_returns_the_whole_answer_whatever_the_output_kind(llm: LLM, kind: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, output_kind=kind)  # type: ignore[arg-type]
+    assert len(llm.generate("Hello", params, use_tqdm=False)[0].token_ids) == 6
+
+
+def test_more_answers_than_the_queue_holds_are_an_error_and_not_a_wait(tiny_model: Path) -> None:
+    params = SamplingParams(n=8, max_tokens=4, detokenize=False, ignore_eos=True)
+    options: dict[str, object] = {"launcher": "local", "load_format": "dummy", "progress": False, "max_num_seqs": 2}
+    with LLM(str(tiny_model), max_num_queued_reqs=2, **options) as llm:
+        with pytest.raises(QueueFullError):
+            llm.generate([[1, 2]], params, use_tqdm=False)
+        many = llm.generate([[1, 2]] * 20, SamplingParams(max_tokens=4, detokenize=False), use_tqdm=False)
+        assert len(many) == 20
 
 
 def test_leaving_a_stream_early_ends_its_request(llm: LLM) -> None:

@@ -79,6 +79,8 @@ def test_a_bad_prompt(llm: LLM, prompt: object, message: str) -> None:
         ({"min_p": 1.5}, "min_p"),
         ({"n": 0}, "n=0"),
         ({"n": 2, "temperature": 0.0}, "n=2"),
+        ({"min_tokens": 2**63 - 1, "max_tokens": None}, "min_tokens"),
+        ({"stop": ["x" * 100_000]}, "stop"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"], "detokenize": False}, "detokenize"),
@@ -91,7 +93,7 @@ def test_a_bad_prompt(llm: LLM, prompt: object, message: str) -> None:
         ({"temperature": "hot"}, "temperature"),
         ({"output_kind": "everything"}, "output_kind"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_bad_or_contradictory_sampling_params(params: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidSamplingParamsError, match=message):

@@ -17,7 +17,7 @@ import zmq
 from simulation import EOS, VOCAB, SimulatedWorker, expected_output, make_config
 
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
+from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, parse_model_config
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.scheduler.coordinator import Coordinator
@@ -154,7 +154,9 @@ def submit(connection: Connection, prompt: list[int], **params: object) -> tuple
     """Send one greedy request."""
     sink = Sink()
     merged = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | params))  # type: ignore[arg-type]
-    return connection.submit(array("i", prompt).tobytes(), merged, sink), sink
+    request_id = connection.next_id()
+    connection.submit(request_id, array("i", prompt).tobytes(), merged, sink)
+    return request_id, sink
 
 
 def output_of(prompt: list[int], max_tokens: int) -> list[int]:
@@ -372,9 +374,69 @@ def test_512_requests_through_two_clients_on_a_tenth_of_the_cache_end_exactly_on
     engine.stop()
 
 
-def test_an_address_where_nothing_answers_is_an_error_within_the_timeout(tmp_path: Path) -> None:
-    from nanovllm_dist.errors import EngineConnectError
+@pytest.mark.parametrize("request_id", [-1, 2**31, 2**40])
+def test_a_request_id_that_cannot_be_answered_is_refused(engine: Engine, request_id: int) -> None:
+    connection = engine.connect()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = Channel(context, engine.address, wire.CLIENT_FRAME_LIMIT, None)
+    stranger.send(wire.encode(wire.AddRequest(request_id, wire.pack_ints([1]), SamplingParams(ignore_eos=True))))
+    answer = stranger.receive(5)
+    assert answer is not None
+    assert isinstance(wire.decode_server(answer), wire.ProtocolError)
+    stranger.close()
+    context.term()
+    _, good = submit(connection, [5], max_tokens=5)
+    good.wait()
+    assert good.tokens == output_of([5], 5)
 
+
+@pytest.mark.parametrize("bad_words", [[b"abc"], [b""], [b"\0" * 4 * 200], [b"\0" * 4] * 10_000], ids=len)
+def test_malformed_bad_words_never_reach_a_worker(engine: Engine, bad_words: list[bytes]) -> None:
+    connection, sink = engine.connect(), Sink()
+    connection.submit(connection.next_id(), wire.pack_ints([1]), SamplingParams(), sink, bad_words=bad_words)
+    end = sink.wait()
+    assert isinstance(end, wire.Finished)
+    assert end.error is not None
+    assert "bad_words" in end.error.message
+
+
+def test_clients_that_left_make_room_for_new_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm_dist.scheduler.coordinator._MAX_WATCHERS", 4)
+    for _ in range(12):
+        Connection(engine.address).close()
+    staying = [engine.connect() for _ in range(4)]
+    with pytest.raises(EngineConnectError, match="4 clients are connected"):
+        Connection(engine.address)
+    assert all(connection.stats().running == 0 for connection in staying)
+
+
+def test_a_client_whose_connection_was_lost_and_renewed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.2)
+    engine = Engine(tmp_path)
+    connection = engine.connect()
+    engine.coordinator._watchers.clear()  # as after a reconnect, which comes with a new identity
+    connection._sinks[7] = sink = Sink()
+    end = sink.wait()
+    assert isinstance(end, EngineDeadError)
+    assert "connect again" in str(end)
+    engine.stop()
+
+
+def test_a_sink_that_breaks_the_connection_ends_every_other_request(engine: Engine) -> None:
+    class Broken(Sink):
+        def on_token(self, token: int, logprobs: wire.TokenLogprobs | None) -> None:
+            raise ValueError("a bug of the caller")
+
+    connection, other = engine.connect(), Sink()
+    connection.submit(connection.next_id(), wire.pack_ints([1]), SamplingParams(max_tokens=None), other)
+    connection.submit(connection.next_id(), wire.pack_ints([2]), SamplingParams(max_tokens=50), Broken())
+    assert isinstance(other.wait(), EngineDeadError | wire.Finished)
+    assert isinstance(connection.error, EngineDeadError)
+
+
+def test_an_address_where_nothing_answers_is_an_error_within_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(EngineConnectError, match="does not exist"):
         Connection(f"ipc://{tmp_path}/nobody")
     with pytest.raises(EngineConnectError, match="ipc://"):

@@ -27,7 +27,7 @@ static inline float from_bf16(uint16_t bits) {
 static inline uint16_t to_bf16(float value) { /* round to nearest even */
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    if (value != value) return 0x7fc0;
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN, which -ffast-math does not compare */
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 

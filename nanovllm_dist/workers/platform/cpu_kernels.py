@@ -20,7 +20,9 @@ from pathlib import Path
 log = logging.getLogger("worker")
 
 _SOURCE = Path(__file__).with_name("cpu_decode.c")
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+_COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+# linked apart, without -ffast-math: with it the library would flush denormals to zero in the whole process
+_LINK = ("-shared", "-fopenmp", "-lm")
 _BUILD_SECONDS = 60
 
 
@@ -42,14 +44,15 @@ def decode_library() -> ctypes.CDLL | None:
 
 def _built(compiler: str) -> Path:
     # libgomp, which torch has loaded, is shared with it; 512-bit vectors are a third faster where there are any
-    flags = [*_FLAGS, *(["-mprefer-vector-width=512"] if "avx512f" in _processor() else [])]
-    key = hashlib.sha256(" ".join([_SOURCE.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()[:16]
+    flags = [*_COMPILE, *(["-mprefer-vector-width=512"] if "avx512f" in _processor() else [])]
+    parts = [_SOURCE.read_text(), compiler, *flags, *_LINK, _processor()]
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     path = _directory() / f"cpu_decode-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            built = Path(scratch) / path.name
-            command = [compiler, *flags, str(_SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
+            compiled, built = Path(scratch) / "cpu_decode.o", Path(scratch) / path.name
+            for command in ([*flags, str(_SOURCE), "-o", str(compiled)], [str(compiled), *_LINK, "-o", str(built)]):
+                subprocess.run([*compiler.split(), *command], check=True, capture_output=True, timeout=_BUILD_SECONDS)
             os.replace(built, path)
     return path
 
