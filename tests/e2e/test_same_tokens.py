@@ -70,7 +70,7 @@ def test_chunked_at_seven_tokens_and_two_steps_in_flight(smollm2: Path, alone: l
 
 
 @pytest.mark.slow
-def test_preempted_by_a_cache_that_holds_two_of_them_at_two_ranks(smollm2: Path, alone: list[list[int]]) -> None:
-    with engine(smollm2, num_blocks=18, block_size=16, max_model_len=256, tensor_parallel_size=2) as llm:
+def test_preempted_by_a_cache_that_holds_three_of_them_at_two_ranks(smollm2: Path, alone: list[list[int]]) -> None:
+    with engine(smollm2, num_blocks=9, block_size=16, max_model_len=256, tensor_parallel_size=2) as llm:
         assert run(llm) == alone
         assert llm.stats().preemptions > 0
