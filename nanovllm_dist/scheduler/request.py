@@ -13,7 +13,7 @@ from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire.messages import RequestTimes, TokenLogprobs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One prompt on its way to its one end. Times are on the coordinator's clock, -1 until reached."""
 
