@@ -1,7 +1,7 @@
 """Attention on the CPU: decode rows by a C kernel that reads the paged cache in place, prefill rows by torch.
 
-64 rows of 60 to 430 tokens, 3 x 3 heads of 64, bf16, 30 layers, on two cores: 31 ms, where gathering blocks for
-torch's fused attention takes about 70. Without a compiler, or for other head sizes, everything is torch's.
+A whole decode step of a 135M model in bf16, 64 rows on two cores: 107 ms, where gathering blocks for torch's fused
+attention took 131. Without a compiler, or for other head sizes, everything is torch's.
 """
 
 from __future__ import annotations
