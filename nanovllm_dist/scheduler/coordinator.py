@@ -25,6 +25,7 @@ from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLME
 from nanovllm_dist.models.config import ModelConfig, read_model_config
 from nanovllm_dist.sampling_params import MAX_LIST
 from nanovllm_dist.scheduler.outbox import Outbox
+from nanovllm_dist.scheduler.plan import Committed
 from nanovllm_dist.scheduler.request import Request
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
@@ -52,10 +53,12 @@ class Coordinator:
         self._context = zmq.Context()
         self._clients = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
         self._workers = Server(self._context, spec.worker_endpoint, wire.RESULT_FRAME_LIMIT, spec.keys)
+        self._identities = [wire.worker_identity(rank) for rank in range(spec.config.tensor_parallel_size)]
         self._startup = Startup(spec.config.tensor_parallel_size)
         self._status = wire.EngineStatus("starting", "start")
         self._watchers: dict[bytes, None] = {}
         self._scheduler: Scheduler | None = None
+        self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
         self._clock = StepClock()
         self._seeds = random.Random(spec.config.seed)
@@ -81,7 +84,7 @@ class Coordinator:
         try:
             while self._exit_code is None:
                 poller.poll(_POLL_MS)
-                self._turn()
+                self._turn(time.monotonic())
             self._leave()
         finally:
             self._clients.close()
@@ -91,16 +94,20 @@ class Coordinator:
 
     # --- one turn of the loop ------------------------------------------------------------------------------
 
-    def _turn(self) -> None:
+    def _turn(self, woke: float) -> None:
         while (received := self._workers.receive()) is not None:
             self._from_worker(*received)
+            if self._committed:  # the devices wait for the next step, so nothing else comes before it
+                self._plan_steps()
+                self._clock.answered(time.monotonic() - woke)
+                self._deliver()
+                woke = time.monotonic()
         for _ in range(_FRAMES_PER_TURN):
             if (received := self._clients.receive()) is None:
                 break
             self._from_client(*received)
         self._plan_steps()
-        for client in self._outbox.send(self._clients.send):
-            self._client_gone(client)
+        self._send_outputs()
         self._ping_workers()
 
     def _plan_steps(self) -> None:
@@ -111,6 +118,19 @@ class Coordinator:
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._to_workers(plan.to_message(_EPOCH))
             self._clock.step_left(time.process_time(), len(self._scheduler.running), len(plan.rows))
+
+    def _deliver(self) -> None:
+        for committed, logprobs, now in self._committed:
+            for request, token in committed.tokens:
+                self._outbox.token(request, token, logprobs.get(id(request)))
+            for request in committed.finished:
+                self._outbox.finished(request, now)
+        self._committed.clear()
+        self._send_outputs()
+
+    def _send_outputs(self) -> None:
+        for client in self._outbox.send(self._clients.send):
+            self._client_gone(client)
 
     # --- clients -------------------------------------------------------------------------------------------
 
@@ -197,7 +217,7 @@ class Coordinator:
     def _stats(self) -> wire.EngineStats:
         scheduler = self._scheduler
         if scheduler is None:
-            return wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}, 0.0, {}, {})
+            return wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}, 0.0, {}, {}, {})
         stats = scheduler.stats
         return wire.EngineStats(
             running=len(scheduler.running),
@@ -213,6 +233,7 @@ class Coordinator:
             finished=stats.finished,
             seconds_since_step=time.monotonic() - self._last_step if scheduler.has_unfinished else 0.0,
             host_us_per_step=self._clock.host_us_per_step(),
+            answer_us_per_step=self._clock.answer_us_per_step(),
             batch_histogram=self._clock.batch_histogram,
         )
 
@@ -235,10 +256,7 @@ class Coordinator:
             log.warning("rank %d: %s", rank, error)
 
     def _rank_of(self, identity: bytes) -> int | None:
-        for rank in range(len(self._startup.ranks)):
-            if identity == wire.worker_identity(rank):
-                return rank
-        return None
+        return self._identities.index(identity) if identity in self._identities else None
 
     def _start(
         self,
@@ -297,17 +315,13 @@ class Coordinator:
             log.warning("the result of step %d of epoch %d was not expected", result.step, result.epoch)
             return
         now = self._last_step = time.monotonic()
-        logprobs = {}
+        logprobs: dict[int, wire.TokenLogprobs] = {}
         if result.logprobs or result.prompt_logprobs:
             by_slot = {row.slot: row.request for row in plan.rows}
             logprobs = {id(by_slot[slot]): entry for slot, entry in result.logprobs}
             for slot, first, entries in result.prompt_logprobs:
                 by_slot[slot].prompt_logprobs.update(enumerate(entries, start=first))
-        committed = scheduler.commit(wire.unpack_ints(result.tokens), now)
-        for request, token in committed.tokens:
-            self._outbox.token(request, token, logprobs.get(id(request)))
-        for request in committed.finished:
-            self._outbox.finished(request, now)
+        self._committed.append((scheduler.commit(wire.unpack_ints(result.tokens), now), logprobs, now))
 
     def _to_workers(self, message: wire.ToWorker) -> None:
         frame = wire.encode(message)
@@ -315,7 +329,7 @@ class Coordinator:
             self._to_worker(rank, frame)
 
     def _to_worker(self, rank: int, frame: bytes) -> None:
-        if not self._workers.send(wire.worker_identity(rank), frame):
+        if not self._workers.send(self._identities[rank], frame):
             self._fail(wire.ErrorInfo.of(EngineDeadError(f"rank {rank} is gone: its process died or was cut off")))
 
     def _ping_workers(self) -> None:
@@ -345,9 +359,10 @@ class Coordinator:
         frame = wire.encode(wire.Shutdown())
         for rank, state in enumerate(self._startup.ranks):
             if state.said_hello:
-                self._workers.send(wire.worker_identity(rank), frame)
+                self._workers.send(self._identities[rank], frame)
 
     def _end_all(self, reason: str, error: wire.ErrorInfo | None) -> None:
+        self._deliver()
         if self._scheduler is not None:
             for request in self._scheduler.requests():
                 self._scheduler.abort(request.key, reason)

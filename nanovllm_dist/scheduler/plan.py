@@ -21,10 +21,14 @@ class Row(NamedTuple):
 
 @dataclass
 class StepPlan:
-    """An ordered step: decodes first. `admitted` enter with their whole state, `grown` get (slot, block)."""
+    """An ordered step: rows of one token first. `admitted` enter with their whole state, `grow_slots` get blocks.
+
+    While the step is made, its longer rows wait in `chunks`.
+    """
 
     step: int
     rows: list[Row] = field(default_factory=list)
+    chunks: list[Row] = field(default_factory=list)
     admitted: list[messages.NewRow] = field(default_factory=list)
     grow_slots: list[int] = field(default_factory=list)
     grow_blocks: list[int] = field(default_factory=list)

@@ -17,8 +17,21 @@ from nanovllm_dist.wire.messages import RequestTimes, TokenLogprobs
 class Request:
     """One prompt on its way to its one end. Times are on the coordinator's clock, -1 until reached."""
 
-    key: tuple[bytes, int]  # (client, its id for the request)
+    # what every step touches comes first: the fewer cache lines, the shorter a step
     tokens: array[int]  # prompt, then output
+    num_computed: int = field(default=0, init=False)
+    num_scheduled: int = field(default=0, init=False)
+    num_pending: int = field(default=0, init=False)  # tokens being sampled by steps in flight
+    blocks: list[int] = field(default_factory=list, init=False)
+    slot: int = field(default=-1, init=False)  # row in the workers' batch while running
+    incarnation: int = field(default=0, init=False)  # counts preemptions; older results do not advance num_computed
+    prompt_len: int = field(init=False)
+    max_total: int = field(default=0, init=False)  # set on submission: it ends with `length` at this many tokens
+    stop_ids: frozenset[int] = field(default=frozenset(), init=False)  # set on submission: tokens that end it
+    finish_reason: str | None = field(default=None, init=False)
+    first_token: float = field(default=-1.0, init=False)
+
+    key: tuple[bytes, int]  # (client, its id for the request)
     params: SamplingParams
     seed: int
     arrival: float
@@ -26,28 +39,15 @@ class Request:
     cache_salt: str = ""
     bad_words: list[bytes] = field(default_factory=list)
 
-    prompt_len: int = field(init=False)
-    max_total: int = 0  # set on submission: it ends with `length` at this many tokens
-    stop_ids: frozenset[int] = frozenset()  # set on submission: tokens that end it
-    order: int = 0  # set on submission: first come, first served
-
-    num_computed: int = 0
-    num_scheduled: int = 0
-    num_pending: int = 0  # tokens being sampled by steps in flight
-    num_cached: int = 0  # tokens whose keys and values were found in the cache at the last admission
-    blocks: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)
-    num_registered: int = 0  # blocks of the table already offered to the prefix cache
-    slot: int = -1  # row in the workers' batch while running
-    incarnation: int = 0  # counts preemptions: results of an earlier life do not advance num_computed
-
-    finish_reason: str | None = None
-    stop_token: int | None = None
-    first_scheduled: float = -1.0
-    first_token: float = -1.0
-    first_cached: int = -1  # num_cached of the first admission
-    num_preemptions: int = 0
-    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    order: int = field(default=0, init=False)  # set on submission: first come, first served
+    num_cached: int = field(default=0, init=False)  # tokens found in the cache at the last admission
+    block_hashes: list[bytes] = field(default_factory=list, init=False)
+    num_registered: int = field(default=0, init=False)  # blocks of the table already offered to the prefix cache
+    stop_token: int | None = field(default=None, init=False)
+    first_scheduled: float = field(default=-1.0, init=False)
+    first_cached: int = field(default=-1, init=False)  # num_cached of the first admission
+    num_preemptions: int = field(default=0, init=False)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)

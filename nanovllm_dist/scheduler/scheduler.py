@@ -112,9 +112,9 @@ class Scheduler:
         plan = StepPlan(self.stats.steps)
         budget = self._schedule_running(plan)
         self._admit(plan, budget, now)
-        if not plan.rows:
+        if not (plan.rows or plan.chunks):
             return None
-        plan.rows.sort(key=_decodes_first)
+        plan.rows += plan.chunks
         self.stats.steps += 1
         self._in_flight.append(plan)
         return plan
@@ -124,6 +124,7 @@ class Scheduler:
         plan = self._in_flight.popleft()
         sampled = iter(tokens)
         result = Committed()
+        block_size = self._block_size
         for request, _slot, count, samples, incarnation in plan.rows:
             token = next(sampled) if samples else -1
             if request.finish_reason is not None:
@@ -131,9 +132,22 @@ class Scheduler:
             if incarnation == request.incarnation:
                 request.num_computed += count
                 request.num_scheduled -= count
-            if samples:
-                request.num_pending -= 1
-                self._append(request, token, now, result)
+            if not samples:
+                continue
+            request.num_pending -= 1
+            known = request.tokens
+            known.append(token)
+            result.tokens.append((request, token))
+            if request.first_token < 0:
+                request.first_token = now
+            if request.num_computed % block_size == 0:
+                self._register_blocks(request)
+            if token in request.stop_ids:
+                request.stop_token = token
+                self._finish(request, "stop", result)
+            elif len(known) >= request.max_total:
+                self._finish(request, "length", result)
+        self.stats.generated_tokens += len(result.tokens)
         return result
 
     @property
@@ -270,7 +284,8 @@ class Scheduler:
 
     def _add_row(self, plan: StepPlan, request: Request, start: int, count: int, known: int) -> None:
         samples = start + count == known
-        plan.rows.append(Row(request, request.slot, count, samples, request.incarnation))
+        rows = plan.chunks if count > 1 else plan.rows
+        rows.append(Row(request, request.slot, count, samples, request.incarnation))
         request.num_scheduled += count
         if samples:
             request.num_pending += 1
@@ -290,20 +305,6 @@ class Scheduler:
         for index in range(request.num_registered, end):
             self.cache.register(request.block_hashes[index], request.blocks[index])
         request.num_registered = end
-
-    def _append(self, request: Request, token: int, now: float, result: Committed) -> None:
-        request.tokens.append(token)
-        self.stats.generated_tokens += 1
-        if request.first_token < 0:
-            request.first_token = now
-        result.tokens.append((request, token))
-        if request.num_computed // self._block_size > request.num_registered:
-            self._register_blocks(request)
-        if token in request.stop_ids:
-            request.stop_token = token
-            self._finish(request, "stop", result)
-        elif len(request.tokens) >= request.max_total:
-            self._finish(request, "length", result)
 
     def _finish(self, request: Request, reason: str, result: Committed) -> None:
         if request.running:
@@ -349,10 +350,6 @@ class Scheduler:
 
 def _sort_key(request: Request) -> tuple[int, int]:
     return request.sort_key
-
-
-def _decodes_first(row: Row) -> bool:
-    return row.num_tokens > 1
 
 
 def _new_row(request: Request) -> NewRow:

@@ -195,7 +195,11 @@ class Outputs(_Message, frozen=True):
 
 
 class EngineStats(_Message, frozen=True):
-    """Counters since start, and gauges now. Health is `seconds_since_step` while requests run."""
+    """Counters since start, and gauges now. Health is `seconds_since_step` while requests run.
+
+    By running requests, rounded up to a power of two, as (steps, mean µs): `host_us_per_step`, processor time of
+    the whole coordinator; `answer_us_per_step`, wall time from a step's result to the next step's departure.
+    """
 
     running: int
     waiting: int
@@ -209,7 +213,8 @@ class EngineStats(_Message, frozen=True):
     preemptions: int
     finished: dict[str, int]
     seconds_since_step: float
-    host_us_per_step: dict[int, tuple[int, float]]  # running, to a power of two -> (steps, mean µs of processor time)
+    host_us_per_step: dict[int, tuple[int, float]]
+    answer_us_per_step: dict[int, tuple[int, float]]
     batch_histogram: dict[int, int]  # rows per step -> steps
 
 

@@ -45,7 +45,16 @@ def decode_library() -> ctypes.CDLL | None:
 def _built(compiler: str) -> Path:
     # libgomp, which torch has loaded, is shared with it; 512-bit vectors are a third faster where there are any
     flags = [*_COMPILE, *(["-mprefer-vector-width=512"] if "avx512f" in _processor() else [])]
-    parts = [_SOURCE.read_text(), compiler, *flags, *_LINK, _processor()]
+    program = Path(shutil.which(compiler.split()[0]) or compiler).resolve()
+    status = program.stat()  # a newer compiler in the same place has another size or time
+    parts = [
+        _SOURCE.read_text(),
+        compiler,
+        f"{program} {status.st_size} {status.st_mtime_ns}",
+        *flags,
+        *_LINK,
+        _processor(),
+    ]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     path = _directory() / f"cpu_decode-{key}.so"
     if not path.exists():
