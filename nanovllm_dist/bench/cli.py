@@ -1,4 +1,4 @@
-"""`nanovllm-bench`: measure an engine's throughput, latency or start-up time.
+"""`nanovllm-bench`: measure an engine's throughput, latency, behaviour under load or start-up time, or its scheduler.
 
 Exit codes: 0 done, 1 the engine or a request failed, 2 the command line is wrong, 130 interrupted.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from nanovllm_dist.bench import options as o
+from nanovllm_dist.bench.workloads import RANDOM
 from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError
 from nanovllm_dist.launcher.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from nanovllm_dist.launcher.signals import handle_signals
@@ -23,7 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Measure an engine. Each command starts one of its own, with the engine options of nanovllm-launch.",
+    help="Measure an engine. Each command starts one of its own, with the engine options of nanovllm-launch; "
+    "only `scheduler` needs none.",
     context_settings=_SETTINGS,
 )
 
@@ -125,6 +127,99 @@ def startup(runs: o.Starts = 3, json_file: o.JsonFile = None, **engine: Any) -> 
         write_json(report, json_file)
 
 
+@app.command(context_settings=_SETTINGS)
+@o.with_engine_options
+def load(
+    rate: o.Rates = None,
+    seconds: o.Seconds = 45.0,
+    input_len: o.LoadInputLen = 768,
+    output_len: o.LoadOutputLen = 128,
+    range_ratio: o.LoadRangeRatio = 0.33,
+    temperature: o.Temperature = 0.6,
+    json_file: o.JsonFile = None,
+    **engine: Any,
+) -> None:
+    """Let requests arrive at random, at one rate after another: times per request and per token."""
+    from nanovllm_dist.bench.load import LoadSettings, measure_load
+    from nanovllm_dist.bench.report import write_json
+    from nanovllm_dist.bench.report_load import show_load
+
+    with _readable_errors():
+        o.check_temperature(temperature)
+        settings = LoadSettings(tuple(rate or (16.0,)), seconds, input_len, output_len, range_ratio, temperature)
+        _check_writable(json_file)
+        report = measure_load(o.engine_config(engine), settings, _notify)
+        show_load(report)
+        write_json(report, json_file)
+
+
+@app.command(context_settings=_SETTINGS)
+def scheduler(steps: o.Steps = 500, plot: o.Plot = None, json_file: o.JsonFile = None) -> None:
+    """Time the scheduler alone, without an engine: by running requests, and by the length of its queue."""
+    from nanovllm_dist.bench.report import write_json
+    from nanovllm_dist.bench.report_scheduler import show_scheduler
+    from nanovllm_dist.bench.scheduler_cost import measure_scheduler
+    from nanovllm_dist.bench.scheduler_plot import load_figure, plot_scheduler
+
+    with _readable_errors():
+        _check_writable(json_file)
+        _check_writable(plot, "--plot")
+        if plot is not None:
+            load_figure()  # said before the measurement
+        report = measure_scheduler(_notify, steps)
+        show_scheduler(report)
+        write_json(report, json_file)
+        if plot is not None:
+            plot_scheduler(report, plot)
+
+
+@app.command(context_settings=_SETTINGS)
+@o.with_engine_options
+def suite(
+    output: o.OutputDirectory,
+    workload: o.WorkloadNames = None,
+    num_requests: o.NumRequests = None,
+    rate: o.SuiteRates = None,
+    seconds: o.Seconds = 45.0,
+    input_len: o.LoadInputLen = 768,
+    output_len: o.LoadOutputLen = 128,
+    range_ratio: o.LoadRangeRatio = 0.33,
+    temperature: o.Temperature = 0.6,
+    runs: o.Runs = 3,
+    bandwidth: o.Bandwidth = None,
+    flops: o.Flops = None,
+    all_reduce_us: o.AllReduceUs = None,
+    **engine: Any,
+) -> None:
+    """Measure throughput of several workloads, then a load, on one engine; a report each in a directory."""
+    from nanovllm_dist.bench.load import LoadReport, LoadSettings
+    from nanovllm_dist.bench.report import show_throughput, write_json
+    from nanovllm_dist.bench.report_load import show_load
+    from nanovllm_dist.bench.suite import SUITE_WORKLOADS, run_suite
+    from nanovllm_dist.bench.throughput import ThroughputReport, ThroughputSettings
+
+    def keep(name: str, report: ThroughputReport | LoadReport) -> None:
+        write_json(report, str(directory / f"{name}.json"))
+        show_load(report) if isinstance(report, LoadReport) else show_throughput(report)
+
+    with _readable_errors():
+        lengths: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "range_ratio": range_ratio}
+        lengths["num_requests"] = num_requests
+        names = dict.fromkeys(workload or SUITE_WORKLOADS)
+        works = [o.chosen_workload(name, **(lengths if name == RANDOM else {})) for name in names]
+        settings = ThroughputSettings(
+            runs=o.check_runs(runs),
+            temperature=o.check_temperature(temperature),
+            gaps=False,
+            hardware=o.hardware(bandwidth, flops, all_reduce_us),
+        )
+        arrivals = None
+        if rate:
+            arrivals = LoadSettings(tuple(rate), seconds, input_len, output_len, range_ratio, temperature)
+        directory = _made(output)
+        run_suite(o.engine_config(engine), works, settings, arrivals, _notify, keep)
+
+
 @contextmanager
 def _readable_errors() -> Iterator[None]:
     """Typed errors become a line on standard error and an exit code."""
@@ -138,10 +233,18 @@ def _readable_errors() -> Iterator[None]:
         raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from None
 
 
-def _check_writable(json_file: str | None) -> None:
+def _check_writable(file: str | None, option: str = "--json") -> None:
     """Say before the measurement that its report could not be kept."""
-    if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
-        raise ConfigError(f"--json {json_file}: give a file in a directory that exists")
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise ConfigError(f"{option} {file}: give a file in a directory that exists")
+
+
+def _made(output: str) -> Path:
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}") from None
+    return Path(output)
 
 
 def _notify(line: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 
 import msgspec
@@ -33,7 +34,7 @@ class EngineRun(msgspec.Struct, frozen=True):
 
 
 class HostTime(msgspec.Struct, frozen=True):
-    """The coordinator's own work: mean µs per step over `steps` steps."""
+    """A time of the coordinator's: mean µs per step over `steps` steps."""
 
     steps: int
     mean_us: float
@@ -42,7 +43,8 @@ class HostTime(msgspec.Struct, frozen=True):
 class EngineCounters(msgspec.Struct, frozen=True):
     """What the engine did between two looks at its statistics.
 
-    `host_us_per_step` by running requests, rounded up to a power of two; `batch_histogram`: rows -> steps.
+    By running requests, rounded up to a power of two: `host_us_per_step`, its processor time, and
+    `answer_us_per_step`, wall time from a step's result to the next step's departure. `batch_histogram`: rows -> steps.
     """
 
     steps: int
@@ -52,6 +54,7 @@ class EngineCounters(msgspec.Struct, frozen=True):
     prefix_hits: int
     preemptions: int
     host_us_per_step: dict[int, HostTime]
+    answer_us_per_step: dict[int, HostTime]
     batch_histogram: dict[int, int]
 
 
@@ -95,12 +98,6 @@ def sampling_params(workload: Workload, temperature: float) -> list[SamplingPara
 
 def counted(before: EngineStats, after: EngineStats) -> EngineCounters:
     """The difference of two looks at the statistics of one engine."""
-    host = {}
-    for bucket, (steps, mean) in after.host_us_per_step.items():
-        steps_before, mean_before = before.host_us_per_step.get(bucket, (0, 0.0))
-        if steps > steps_before:
-            new = steps - steps_before
-            host[bucket] = HostTime(new, (steps * mean - steps_before * mean_before) / new)
     rows = {count: steps - before.batch_histogram.get(count, 0) for count, steps in after.batch_histogram.items()}
     return EngineCounters(
         steps=after.steps - before.steps,
@@ -109,9 +106,21 @@ def counted(before: EngineStats, after: EngineStats) -> EngineCounters:
         prefix_queries=after.prefix_queries - before.prefix_queries,
         prefix_hits=after.prefix_hits - before.prefix_hits,
         preemptions=after.preemptions - before.preemptions,
-        host_us_per_step=dict(sorted(host.items())),
+        host_us_per_step=_new_times(before.host_us_per_step, after.host_us_per_step),
+        answer_us_per_step=_new_times(before.answer_us_per_step, after.answer_us_per_step),
         batch_histogram={count: steps for count, steps in sorted(rows.items()) if steps},
     )
+
+
+def _new_times(before: Mapping[int, tuple[int, float]], after: Mapping[int, tuple[int, float]]) -> dict[int, HostTime]:
+    """The means of the steps that came between, by bucket."""
+    times = {}
+    for bucket, (steps, mean) in sorted(after.items()):
+        steps_before, mean_before = before.get(bucket, (0, 0.0))
+        if steps > steps_before:
+            new = steps - steps_before
+            times[bucket] = HostTime(new, (steps * mean - steps_before * mean_before) / new)
+    return times
 
 
 def token_arrivals(output: RequestOutput, now: float) -> list[float]:

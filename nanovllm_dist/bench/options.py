@@ -50,6 +50,41 @@ Compare = Annotated[
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the whole report here.", rich_help_panel=_MEASURE)
 ]
+WorkloadNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--workload",
+        "-w",
+        help=f"Of {', '.join(workload_names())}; may be repeated (the three of upstream, and single).",
+        rich_help_panel=_WORK,
+    ),
+]
+Rates = Annotated[
+    list[float] | None,
+    typer.Option("--rate", help="Arrivals per second; may be repeated (16).", rich_help_panel=_WORK),
+]
+SuiteRates = Annotated[
+    list[float] | None,
+    typer.Option("--rate", help="Of a load, arrivals per second; may be repeated (no load).", rich_help_panel=_WORK),
+]
+Seconds = Annotated[float, typer.Option("--seconds", help="Of arrivals, at each rate.", rich_help_panel=_WORK)]
+LoadInputLen = Annotated[
+    int, typer.Option("--input-len", help="Prompt tokens, of a load and of random.", rich_help_panel=_WORK)
+]
+LoadOutputLen = Annotated[
+    int, typer.Option("--output-len", help="Answer tokens, of a load and of random.", rich_help_panel=_WORK)
+]
+LoadRangeRatio = Annotated[
+    float, typer.Option("--range-ratio", help="Lengths vary by this share, up and down.", rich_help_panel=_WORK)
+]
+OutputDirectory = Annotated[
+    str, typer.Option("--output", "-o", metavar="DIR", help="Where the reports go.", rich_help_panel=_MEASURE)
+]
+Steps = Annotated[int, typer.Option("--steps", help="Timed at every point.", rich_help_panel=_MEASURE)]
+Plot = Annotated[
+    str | None,
+    typer.Option("--plot", metavar="FILE.svg", help="Draw the curves (needs matplotlib).", rich_help_panel=_MEASURE),
+]
 Bandwidth = Annotated[
     float | None, typer.Option("--bandwidth", metavar="GB/S", help="Memory read.", rich_help_panel=_LIMIT)
 ]

@@ -13,12 +13,14 @@ from nanovllm_dist.bench.distribution import Distribution
 from nanovllm_dist.bench.engine_run import EngineCounters
 from nanovllm_dist.bench.environment import Environment
 from nanovllm_dist.bench.latency import LatencyReport
-from nanovllm_dist.bench.roofline import Limit
+from nanovllm_dist.bench.load import LoadReport
+from nanovllm_dist.bench.roofline import Achieved, Limit
+from nanovllm_dist.bench.scheduler_cost import SchedulerReport
 from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary
 from nanovllm_dist.bench.startup import StartupReport
 from nanovllm_dist.bench.throughput import Comparison, ThroughputReport
 
-Report = ThroughputReport | LatencyReport | StartupReport
+Report = ThroughputReport | LatencyReport | StartupReport | LoadReport | SchedulerReport
 _HISTOGRAM_ROWS = 8
 
 
@@ -45,12 +47,13 @@ def show_throughput(report: ThroughputReport, console: Console | None = None) ->
     table.add_row("seconds of each run", _listed(rates.seconds, 2))
     if report.comparison is not None:
         _add_comparison(table, report.comparison)
-    _add_limit(table, report.limit, report.share_of_limit)
+    _add_limit(table, report.limit, report.achieved.share if report.achieved is not None else None)
+    _add_bandwidth(table, report.achieved)
     console.print(table)
     console.print(
-        _distributions({"TTFT": report.ttft, "TPOT": report.tpot, "ITL (streamed run)": report.itl, "E2E": report.e2e})
+        times_table({"TTFT": report.ttft, "TPOT": report.tpot, "ITL (streamed run)": report.itl, "E2E": report.e2e})
     )
-    _show_engine(console, report.counters, sum(rates.seconds), report.engine, report.environment)
+    show_engine(console, report.counters, sum(rates.seconds), report.engine, report.environment)
 
 
 def show_latency(report: LatencyReport, console: Console | None = None) -> None:
@@ -61,15 +64,15 @@ def show_latency(report: LatencyReport, console: Console | None = None) -> None:
         table.add_row("decode tokens/s, median", f"{report.decode_tokens_per_second:,.1f}")
     _add_limit(table, report.limit, report.share_of_limit, one_request=True)
     console.print(table)
-    console.print(_distributions({"TTFT": report.ttft, "ITL": report.itl, "E2E": report.e2e}))
+    console.print(times_table({"TTFT": report.ttft, "ITL": report.itl, "E2E": report.e2e}))
     seconds = report.e2e.mean * report.e2e.count if report.e2e is not None else 0.0
-    _show_engine(console, report.counters, seconds, report.engine, report.environment)
+    show_engine(console, report.counters, seconds, report.engine, report.environment)
 
 
 def show_startup(report: StartupReport, console: Console | None = None) -> None:
     """Print the table of a start-up report."""
     console = console or Console()
-    table = _plain(f"Start-up of {report.model}, launcher {report.launcher}, {report.dtype} on {report.device}")
+    table = plain_table(f"Start-up of {report.model}, launcher {report.launcher}, {report.dtype} on {report.device}")
     for phase, began in report.phases.items():
         table.add_row(f"{phase} began after, median s", f"{began:.2f}")
     table.add_row("ready after, median s", f"{report.median_ready:.2f}")
@@ -78,7 +81,7 @@ def show_startup(report: StartupReport, console: Console | None = None) -> None:
     table.add_row("first token, each run", _listed(report.first_token, 2))
     table.add_row("stopped within, each run", _listed(report.stop, 2))
     console.print(table)
-    console.print(_environment(report.environment))
+    console.print(environment_line(report.environment))
 
 
 def _add_comparison(table: Table, comparison: Comparison) -> None:
@@ -99,15 +102,28 @@ def _add_limit(table: Table, limit: Limit | None, share: float | None, one_reque
         table.add_row("share of the limit", f"{share:.0%}")
 
 
-def _show_engine(
+def _add_bandwidth(table: Table, achieved: Achieved | None) -> None:
+    if achieved is None:
+        return
+    table.add_row("keys and values read, GB/s per device, over the whole run", f"{achieved.cache_bandwidth / 1e9:,.0f}")
+    if achieved.attention_bandwidth is not None:
+        bandwidth = f"{achieved.attention_bandwidth / 1e9:,.0f}"
+        table.add_row("the same, if all else took no more than its limit", bandwidth)
+
+
+def show_engine(
     console: Console, counters: EngineCounters, seconds: float, engine: EngineSummary, environment: Environment
 ) -> None:
-    table = _plain("Engine, over all measured runs")
+    """Print what the engine counted during `seconds` of measurement, and what engine it was where."""
+    table = plain_table("Engine, over all measured runs")
     table.add_row("steps", f"{counters.steps:,}")
     if counters.steps:
         table.add_row("wall time per step, mean ms", f"{1e3 * seconds / counters.steps:.2f}")
     for running, host in counters.host_us_per_step.items():
         table.add_row(f"coordinator µs per step, up to {running} running", f"{host.mean_us:,.0f}  ({host.steps} steps)")
+    for running, answer in counters.answer_us_per_step.items():
+        name = f"µs from a result to the next step, up to {running} running"
+        table.add_row(name, f"{answer.mean_us:,.0f}  ({answer.steps} steps)")
     table.add_row("rows per step: steps", _histogram(counters.batch_histogram))
     table.add_row("preemptions", f"{counters.preemptions:,}")
     table.add_row("prefix cache: hits of queries, tokens", f"{counters.prefix_hits:,} of {counters.prefix_queries:,}")
@@ -116,10 +132,11 @@ def _show_engine(
         f"{engine.model} ({engine.architecture}), {engine.dtype} on {engine.device}, TP {engine.tensor_parallel_size}"
     )
     console.print(f"{about}, launcher {engine.launcher}, {engine.num_blocks} blocks of {engine.block_size}")
-    console.print(_environment(environment))
+    console.print(environment_line(environment))
 
 
-def _environment(environment: Environment) -> str:
+def environment_line(environment: Environment) -> str:
+    """Versions, processor and how busy the host was."""
     names = ("nanovllm_dist", "python", "torch", "transformers")
     versions = ", ".join(f"{name} {getattr(environment, name) or 'not installed'}" for name in names)
     load = f"load {environment.load:g} before the start"
@@ -127,7 +144,8 @@ def _environment(environment: Environment) -> str:
     return f"{versions}; {environment.cpu}, {environment.cores} cores, {load}{warning}"
 
 
-def _distributions(rows: Mapping[str, Distribution | None]) -> Table:
+def times_table(rows: Mapping[str, Distribution | None]) -> Table:
+    """Seconds, shown in milliseconds, a row for each name that was measured."""
     table = Table(title="Times, ms", title_justify="left", title_style="bold")
     table.add_column("")
     for column in ("mean", "p50", "p90", "p99", "count"):
@@ -141,10 +159,11 @@ def _distributions(rows: Mapping[str, Distribution | None]) -> Table:
 
 def _titled(title: str, work: WorkloadSummary) -> Table:
     sums = f"{work.num_requests} requests, {work.prompt_tokens:,} tokens in, {work.output_tokens:,} out"
-    return _plain(f"{title}: {work.name} ({sums}), temperature {work.temperature:g}")
+    return plain_table(f"{title}: {work.name} ({sums}), temperature {work.temperature:g}")
 
 
-def _plain(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """Two columns without headings."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

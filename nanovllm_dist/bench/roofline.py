@@ -33,13 +33,30 @@ class Hardware:
 
 
 class Limit(msgspec.Struct, frozen=True):
-    """The least seconds a workload takes, by part, and the output tokens/s they allow; the same for one request."""
+    """The least seconds a workload takes, by part, and the output tokens/s they allow; the same for one request.
+
+    `weight_bytes`, `cache_bytes`: what one device reads of either over the whole of the decoding.
+    """
 
     prefill: float
     decode: float
     all_reduce: float
     output_tokens_per_second: float
     one_request_tokens_per_second: float
+    weight_bytes: float
+    cache_bytes: float
+
+
+class Achieved(msgspec.Struct, frozen=True):
+    """What a run made of the limit: its share, and bytes/s of keys and values that one device read.
+
+    `cache_bandwidth` is the mean over the whole run; `attention_bandwidth` that over the time left when all else takes
+    no more than its least: what the attention of a fast engine comes to (None where no time is left).
+    """
+
+    share: float
+    cache_bandwidth: float
+    attention_bandwidth: float | None
 
 
 def limit(
@@ -55,7 +72,9 @@ def limit(
         steps = max(steps, math.ceil(workload.output_tokens / max_num_seqs))
     weight_seconds = itemsize * (body + head) / tp / hardware.bandwidth
     reduce_seconds = 2 * model.num_layers * hardware.all_reduce if tp > 1 else 0.0
-    read = steps * weight_seconds + _cache_bytes(model, workload, itemsize) / tp / hardware.bandwidth
+    weight_bytes = steps * itemsize * (body + head) / tp
+    cache_bytes = _cache_bytes(model, workload, itemsize) / tp
+    read = (weight_bytes + cache_bytes) / hardware.bandwidth
     decode = max(read, _decode_flops(model, workload, body, head) / tp / hardware.flops)
     prefill = _prefill_flops(model, workload, body, head) / tp / hardware.flops
     all_reduce = steps * reduce_seconds
@@ -65,6 +84,18 @@ def limit(
         all_reduce=all_reduce,
         output_tokens_per_second=workload.output_tokens / (prefill + decode + all_reduce),
         one_request_tokens_per_second=1 / (weight_seconds + reduce_seconds),
+        weight_bytes=weight_bytes,
+        cache_bytes=cache_bytes,
+    )
+
+
+def achieved(bound: Limit, hardware: Hardware, seconds: float) -> Achieved:
+    """What a run of `seconds` made of `bound`, which is the limit of its workload on `hardware`."""
+    rest = bound.prefill + bound.all_reduce + bound.weight_bytes / hardware.bandwidth
+    return Achieved(
+        share=(bound.prefill + bound.decode + bound.all_reduce) / seconds,
+        cache_bandwidth=bound.cache_bytes / seconds,
+        attention_bandwidth=bound.cache_bytes / (seconds - rest) if seconds > rest else None,
     )
 
 

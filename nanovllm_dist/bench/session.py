@@ -58,6 +58,14 @@ class Session:
         """Bytes of a weight."""
         return ITEMSIZE[self.resolved.dtype]
 
+    def check(self, workload: Workload) -> None:
+        """Raises ConfigError when a request of `workload` is longer than the engine takes."""
+        if workload.longest > self.resolved.max_model_len:
+            raise ConfigError(
+                f"workload {workload.name} has a request of {workload.longest} tokens, and the model's limit here is "
+                f"{self.resolved.max_model_len}: choose another workload, or raise --max-model-len"
+            )
+
     def engine_summary(self, info: EngineInfo) -> EngineSummary:
         """The report's part on the engine that runs with this config."""
         defaults = msgspec.structs.asdict(EngineConfig(model="default"))
@@ -76,18 +84,15 @@ class Session:
         )
 
 
-def open_session(config: EngineConfig, workload: Workload | None = None) -> Session:
+def open_session(config: EngineConfig, *workloads: Workload) -> Session:
     """Resolve `config`, fetching the model if need be, before any process starts.
 
-    Raises ConfigError when a request of `workload` is longer than the engine takes; else as `resolve_config`.
+    Raises ConfigError when a request of a workload is longer than the engine takes; else as `resolve_config`.
     """
-    resolved, model = resolve_config(config)
-    if workload is not None and workload.longest > resolved.max_model_len:
-        raise ConfigError(
-            f"workload {workload.name} has a request of {workload.longest} tokens, and the model's limit here is "
-            f"{resolved.max_model_len}: choose another workload, or raise --max-model-len"
-        )
-    return Session(config, resolved, model)
+    session = Session(config, *resolve_config(config))
+    for workload in workloads:
+        session.check(workload)
+    return session
 
 
 def workload_summary(workload: Workload, temperature: float) -> WorkloadSummary:

@@ -14,7 +14,7 @@ import msgspec
 from nanovllm_dist.bench.distribution import Distribution, median
 from nanovllm_dist.bench.engine_run import EngineCounters, EngineRun, counted, run_workload, token_gaps
 from nanovllm_dist.bench.environment import Environment, describe_environment
-from nanovllm_dist.bench.roofline import Hardware, Limit, limit
+from nanovllm_dist.bench.roofline import Achieved, Hardware, Limit, achieved, limit
 from nanovllm_dist.bench.session import EngineSummary, Session, WorkloadSummary, open_session, workload_summary
 from nanovllm_dist.bench.transformers_baseline import BATCH_SIZE, TransformersBaseline, waiting_policy
 from nanovllm_dist.bench.workloads import Workload
@@ -76,7 +76,7 @@ class ThroughputReport(msgspec.Struct, frozen=True, tag_field="benchmark", tag="
     counters: EngineCounters
     comparison: Comparison | None
     limit: Limit | None
-    share_of_limit: float | None
+    achieved: Achieved | None
 
 
 def measure_throughput(
@@ -88,15 +88,28 @@ def measure_throughput(
     with ExitStack() as stack:
         llm = stack.enter_context(DistLLM.from_engine(Engine.start(config, progress=True)))
         rival = stack.enter_context(TransformersBaseline(session.resolved)) if settings.compare else None
-        _warm_up(llm, rival, workload, settings.temperature)
-        before = llm.stats()
-        ours, theirs = _take_turns(llm, rival, workload, settings, notify)
-        counters = counted(before, llm.stats())
-        gaps: list[float] = []
-        if settings.gaps:
-            notify("streaming every token, for the time between them")
-            gaps = token_gaps(llm, workload, "streamed", settings.temperature)
-        engine = session.engine_summary(llm.info)
+        return throughput_of(llm, session, environment, workload, settings, notify, rival)
+
+
+def throughput_of(
+    llm: DistLLM,
+    session: Session,
+    environment: Environment,
+    workload: Workload,
+    settings: ThroughputSettings,
+    notify: Callable[[str], None],
+    rival: TransformersBaseline | None = None,
+) -> ThroughputReport:
+    """Measure an engine that runs; `session` is of its config. Raises NanoVLLMError."""
+    _warm_up(llm, rival, workload, settings.temperature)
+    before = llm.stats()
+    ours, theirs = _take_turns(llm, rival, workload, settings, notify)
+    counters = counted(before, llm.stats())
+    gaps: list[float] = []
+    if settings.gaps:
+        notify("streaming every token, for the time between them")
+        gaps = token_gaps(llm, workload, "streamed", settings.temperature)
+    engine = session.engine_summary(llm.info)
     return _report(session, environment, engine, workload, settings, ours, theirs, counters, gaps)
 
 
@@ -140,7 +153,7 @@ def _report(
     gaps: list[float],
 ) -> ThroughputReport:
     rates = _rates([run.seconds for run in ours], workload)
-    bound = None
+    bound = reached = None
     if settings.hardware is not None:
         bound = limit(
             session.model,
@@ -150,6 +163,7 @@ def _report(
             max_num_seqs=engine.max_num_seqs,
             itemsize=session.itemsize,
         )
+        reached = achieved(bound, settings.hardware, median(rates.seconds))
     return ThroughputReport(
         environment=environment,
         engine=engine,
@@ -162,7 +176,7 @@ def _report(
         counters=counters,
         comparison=_comparison(rates, _rates(theirs, workload)) if theirs else None,
         limit=bound,
-        share_of_limit=rates.median_output_tokens_per_second / bound.output_tokens_per_second if bound else None,
+        achieved=reached,
     )
 
 

@@ -145,4 +145,5 @@ _NAMED: dict[str, Callable[[str], Workload]] = {
     "ascend_143770": _ascend,
     "c1": lambda name: _SHORT.draw(name, Random(0)),
     "c2": lambda name: Workload(name, (128,), (128,)),
+    "single": lambda name: Workload(name, (128,), (512,)),
 }

@@ -17,12 +17,20 @@ class Communicator(Protocol):
     rank: int
     world_size: int
 
+    def reduce_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where the next `all_reduce` of this shape likes to find its part, or None if anywhere will do."""
+        ...
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, every rank gets it; may work in place."""
         ...
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """Tensors of equal shape from every rank, in rank order, on rank 0; None elsewhere."""
+        ...
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Tensors of equal shape [...] from every rank, in rank order, on every rank: [world_size, ...]."""
         ...
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -36,6 +44,10 @@ class SingleRank:
     rank = 0
     world_size = 1
 
+    def reduce_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Anywhere."""
+        return None
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Identity."""
         return tensor
@@ -43,6 +55,10 @@ class SingleRank:
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """The tensor itself."""
         return [tensor]
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, with a dimension in front."""
+        return tensor.unsqueeze(0)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Identity."""
@@ -56,6 +72,10 @@ class GroupCommunicator:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
+    def reduce_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Anywhere."""
+        return None
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum in place over ranks."""
         dist.all_reduce(tensor)
@@ -65,6 +85,12 @@ class GroupCommunicator:
         """Gather equal shapes to rank 0."""
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == 0 else None
         dist.gather(tensor, parts, dst=0)
+        return parts
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Gather equal shapes everywhere."""
+        parts = torch.empty(self.world_size, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        dist.all_gather_into_tensor(parts, tensor.contiguous())
         return parts
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ import torch
 
 from nanovllm_dist.errors import UnsupportedModelError
 from nanovllm_dist.models.config import ModelConfig
-from nanovllm_dist.models.layers.attention import AttentionBackend
 from nanovllm_dist.models.layers.decoder import DecoderLM
+from nanovllm_dist.models.layers.kernels import LayerKernels
 from nanovllm_dist.models.llama import LlamaForCausalLM
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.qwen2 import Qwen2ForCausalLM
@@ -29,7 +29,7 @@ def model_class(architecture: str) -> type[DecoderLM]:
 
 
 def build_model(
-    config: ModelConfig, comm: Communicator, backend: AttentionBackend, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, comm: Communicator, kernels: LayerKernels, dtype: torch.dtype, device: torch.device
 ) -> DecoderLM:
     """One rank's part of the model, its parameters allocated on `device` and not yet filled.
 
@@ -37,7 +37,7 @@ def build_model(
         UnsupportedModelError: the architecture is not known.
         ConfigError: the group has more ranks than the model can be cut for.
     """
-    return model_class(config.architecture)(config, comm, backend, dtype, device)
+    return model_class(config.architecture)(config, comm, kernels, dtype, device)
 
 
 def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:

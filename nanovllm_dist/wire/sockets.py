@@ -150,6 +150,10 @@ class Channel:
         """Queue one frame."""
         self.socket.send(frame)
 
+    def waiting(self) -> bool:
+        """Whether a frame is there to be received."""
+        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
     def receive(self, timeout: float | None = None) -> bytes | None:
         """The next frame; None when `timeout` seconds pass without one (None waits for ever)."""
         if timeout is not None and not self.socket.poll(max(0, int(timeout * 1000))):

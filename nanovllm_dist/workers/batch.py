@@ -1,7 +1,7 @@
 """Batch: what a worker keeps of every running request between steps, and the inputs it makes of a step.
 
-One row per slot, updated by deltas. Positions, block tables and counts are host integers; token ids are on the
-device, because a sampled token may feed the next step before any host has seen it. It does not know policy.
+One row per slot, updated by deltas, and one row more for padding. Positions and counts are host integers; token ids
+are on the device, because a sampled token may feed the next step before any host has seen it. It knows no policy.
 """
 
 from __future__ import annotations
@@ -12,109 +12,210 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanovllm_dist.models.layers.attention import AttentionBatch
-from nanovllm_dist.wire.messages import NewRow, Step, unpack_ints
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
+from nanovllm_dist.wire.messages import NewRow, Step
 from nanovllm_dist.workers.kv_cache import KVCache
+from nanovllm_dist.workers.transfers import Array, Transfers
 
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass
-class StepInputs:
-    """One step, ready to run. `T` tokens of `R` rows, of which `S` sample.
+@dataclass(frozen=True)
+class StepRows:
+    """The R rows of one step, as host integers [R]: `slots`, tokens run (`counts`), and positions [starts, ends).
 
-    `input_ids`, `positions`: [T] int64. `sample_slots`, `sample_positions`: [S], the slot of each sampling row
-    and the position its new token takes. `sample_index`: [S], where its logits come from among the T tokens.
-    `prompt_rows`: (slot, first position, last position) of prompt tokens whose successors' log-probabilities
-    are wanted, and the index of the first among the T tokens.
+    `samples` [R] says which rows get a token, at position `ends`.
+    """
+
+    slots: Ints
+    counts: Ints
+    starts: Ints
+    ends: Ints
+    samples: npt.NDArray[np.bool_]
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row runs one token and samples the next."""
+        return bool((self.counts == 1).all() and self.samples.all())
+
+    @property
+    def sample_slots(self) -> Ints:
+        """[S], slots of the rows that sample."""
+        return self.slots[self.samples]
+
+    @property
+    def sample_positions(self) -> Ints:
+        """[S], where their new tokens go."""
+        return self.ends[self.samples]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step on the device. `T` tokens of `R` rows, of which `S` sample.
+
+    `input_ids`, `positions`: [T] int64. `sample_index`: [S], where the logits of a sampling row come from among the
+    T tokens. `sample_slots`, `sample_positions`: [S]. `extra`: what else was uploaded with them.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionBatch
-    sample_slots: Ints
-    sample_positions: Ints
     sample_index: torch.Tensor
-    prompt_rows: list[tuple[int, int, int, int]]
+    sample_slots: torch.Tensor
+    sample_positions: torch.Tensor
+    extra: list[torch.Tensor]
 
 
 class Batch:
-    """Rows of one worker: at most `max_num_seqs`, each of at most `max_len` tokens."""
+    """Rows of one worker: at most `max_num_seqs`, each of at most `max_len` tokens.
 
-    def __init__(self, max_num_seqs: int, max_len: int, block_size: int, device: torch.device) -> None:
+    Attributes:
+        token_ids: [max_num_seqs + 1, max_len + 1] int32 on the device.
+        block_tables: [max_num_seqs + 1, blocks of max_len] int32 on the device; the last row is all null blocks.
+        padding_slot: the slot of that row.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_len: int, block_size: int, transfers: Transfers, device: torch.device
+    ) -> None:
+        rows = max_num_seqs + 1
         self.block_size = block_size
-        self.device = device
-        self.token_ids = torch.zeros(max_num_seqs, max_len + 1, dtype=torch.int32, device=device)
-        self.num_tokens: Ints = np.zeros(max_num_seqs, dtype=np.int64)
-        self._num_computed: Ints = np.zeros(max_num_seqs, dtype=np.int64)
-        self._num_cached: Ints = np.zeros(max_num_seqs, dtype=np.int64)
-        self._prompt_len: Ints = np.zeros(max_num_seqs, dtype=np.int64)
-        self._wants_prompt = np.zeros(max_num_seqs, dtype=bool)
-        self._tables = np.zeros((max_num_seqs, -(-max_len // block_size) + 1), dtype=np.int32)
-        self._table_len: Ints = np.zeros(max_num_seqs, dtype=np.int64)
+        self.padding_slot = max_num_seqs
+        self._transfers = transfers
+        self.token_ids = torch.zeros(rows, max_len + 1, dtype=torch.int32, device=device)
+        self._tables = np.zeros((rows, -(-max_len // block_size) + 1), dtype=np.int32)
+        self.block_tables = torch.from_numpy(self._tables).to(device)
+        self._table_len: Ints = np.zeros(rows, dtype=np.int64)
+        self._num_tokens: Ints = np.zeros(rows, dtype=np.int64)
+        self._num_computed: Ints = np.zeros(rows, dtype=np.int64)
+        self._num_cached: Ints = np.zeros(rows, dtype=np.int64)
+        self._prompt_len: Ints = np.zeros(rows, dtype=np.int64)
+        self._wants_prompt = np.zeros(rows, dtype=bool)
 
-    def apply(self, step: Step) -> None:
-        """Take in the step's new rows and grown block tables."""
-        for row in step.new_rows:
-            self._enter(row)
-        for slot, block in zip(unpack_ints(step.grow_slots), unpack_ints(step.grow_blocks), strict=True):
-            self._tables[slot, self._table_len[slot]] = block
-            self._table_len[slot] += 1
-
-    def _enter(self, row: NewRow) -> None:
-        slot = row.slot
-        tokens = np.frombuffer(row.tokens, dtype="<i4")
-        self.token_ids[slot, : len(tokens)] = torch.from_numpy(tokens.astype(np.int32)).to(self.device)
-        blocks = np.frombuffer(row.blocks, dtype="<i4")
-        self._tables[slot, : len(blocks)] = blocks
-        self._table_len[slot] = len(blocks)
-        self.num_tokens[slot] = len(tokens)
-        self._num_computed[slot] = row.num_computed
-        self._num_cached[slot] = row.num_cached
-        self._prompt_len[slot] = row.prompt_len
-        self._wants_prompt[slot] = row.params.prompt_logprobs is not None
-
-    def prepare(self, step: Step, kv_caches: KVCache) -> StepInputs:
-        """Inputs of the step's forward; advances the counters past it."""
+    def begin(self, step: Step) -> StepRows:
+        """Take in the step's new rows and grown block tables; returns its rows, and counts them as run."""
+        self._apply(step)
         slots = np.frombuffer(step.slots, dtype="<i4").astype(np.int64)
         counts = np.frombuffer(step.counts, dtype="<i4").astype(np.int64)
         starts = self._num_computed[slots]
         ends = starts + counts
-        query_start = np.zeros(len(slots) + 1, dtype=np.int64)
-        np.cumsum(counts, out=query_start[1:])
-        row_of_token = np.repeat(np.arange(len(slots)), counts)
-        positions = np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]
-        slot_of_token = slots[row_of_token]
-        samples = ends == self.num_tokens[slots]
+        rows = StepRows(slots, counts, starts, ends, ends == self._num_tokens[slots])
+        self._num_computed[slots] = ends
+        self._num_tokens[rows.sample_slots] += 1
+        return rows
 
+    def inputs(self, rows: StepRows, kv_caches: KVCache, extra: list[Array]) -> StepInputs:
+        """Inputs of a step of any shape; `extra` arrays travel in the same upload."""
+        query_start = np.zeros(len(rows.slots) + 1, dtype=np.int64)
+        np.cumsum(rows.counts, out=query_start[1:])
+        row_of_token = np.repeat(np.arange(len(rows.slots)), rows.counts)
+        positions = np.arange(query_start[-1]) - query_start[row_of_token] + rows.starts[row_of_token]
+        slot_of_token = rows.slots[row_of_token]
+        arrays = [
+            slot_of_token,
+            positions,
+            self._cache_slots(slot_of_token, positions),
+            rows.slots,
+            rows.ends.astype(np.int32),
+            query_start.astype(np.int32),
+            query_start[1:][rows.samples] - 1,
+            rows.sample_slots,
+            rows.sample_positions,
+        ]
+        on_device = self._transfers.upload([*arrays, *extra])
+        token_slots, device_positions, slot_mapping, slots, context_lens, starts = on_device[:6]
+        sample_index, sample_slots, sample_positions = on_device[6:9]
+        blocks = -(-int(rows.ends.max()) // self.block_size)
         attention = AttentionBatch(
-            slot_mapping=self._to_device(self._cache_slots(slot_of_token, positions)),
-            block_tables=self._to_device(self._tables[slots, : -(-int(ends.max()) // self.block_size)]),
-            context_lens=self._to_device(ends.astype(np.int32)),
-            query_start=self._to_device(query_start.astype(np.int32)),
-            num_decodes=int((counts == 1).sum()),
-            host_query_lens=counts.tolist(),
-            host_context_lens=ends.tolist(),
+            slot_mapping=slot_mapping,
+            block_tables=self.block_tables[:, :blocks].index_select(0, slots),
+            context_lens=context_lens,
+            query_start=starts,
+            num_decodes=int((rows.counts == 1).sum()),
+            host_query_lens=rows.counts.tolist(),
+            host_context_lens=rows.ends.tolist(),
             kv_caches=kv_caches,
         )
-        device_positions = self._to_device(positions)
-        inputs = StepInputs(
-            input_ids=self.token_ids[self._to_device(slot_of_token), device_positions].long(),
+        return StepInputs(
+            input_ids=self.token_ids[token_slots, device_positions].long(),
             positions=device_positions,
             attention=attention,
-            sample_slots=slots[samples],
-            sample_positions=ends[samples],
-            sample_index=self._to_device(query_start[1:][samples] - 1),
-            prompt_rows=self._prompt_rows(slots, starts, ends, query_start),
+            sample_index=sample_index,
+            sample_slots=sample_slots,
+            sample_positions=sample_positions,
+            extra=on_device[9:],
         )
-        self._num_computed[slots] = ends
-        self.num_tokens[inputs.sample_slots] += 1
-        return inputs
 
-    def append(self, inputs: StepInputs, tokens: torch.Tensor) -> None:
-        """Put the sampled tokens [S] where the next step reads them."""
-        slots, positions = self._to_device(inputs.sample_slots), self._to_device(inputs.sample_positions)
+    def decode_arrays(self, rows: StepRows, size: int) -> list[Array]:
+        """A step of decodes as `size` rows, padded: slots, positions, cache slots (int64), context lengths (int32)."""
+        slots = np.full(size, self.padding_slot, dtype=np.int64)
+        positions = np.zeros(size, dtype=np.int64)
+        slots[: len(rows.slots)], positions[: len(rows.slots)] = rows.slots, rows.starts
+        return [slots, positions, self._cache_slots(slots, positions), (positions + 1).astype(np.int32)]
+
+    def append(self, slots: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Put sampled tokens [S] where the next step reads them."""
         self.token_ids[slots, positions] = tokens.to(torch.int32)
+
+    def prompt_rows(self, rows: StepRows) -> list[tuple[int, int, int, int]]:
+        """(slot, first position, last position, index of the first among the step's tokens) of prompt tokens whose
+        successors' log-probabilities are wanted."""
+        if not self._wants_prompt[rows.slots].any():
+            return []
+        query_start = np.cumsum(rows.counts) - rows.counts
+        wanted = []
+        for index in np.flatnonzero(self._wants_prompt[rows.slots]):
+            slot, start = int(rows.slots[index]), int(rows.starts[index])
+            last = min(int(rows.ends[index]), int(self._prompt_len[slot]) - 1)
+            if start < last:
+                wanted.append((slot, start, last, int(query_start[index])))
+        return wanted
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _apply(self, step: Step) -> None:
+        """Host tables first, then the same entries on the device."""
+        slots, blocks = np.frombuffer(step.grow_slots, dtype="<i4"), np.frombuffer(step.grow_blocks, dtype="<i4")
+        if not (len(slots) or step.new_rows):
+            return
+        tokens = [self._enter(row) for row in step.new_rows]
+        entered = [row.slot for row in step.new_rows]
+        columns = [np.arange(self._table_len[slot]) for slot in entered]
+        tables = [self._tables[slot, : self._table_len[slot]] for slot in entered]
+        for slot, block in zip(slots.tolist(), blocks.tolist(), strict=True):
+            length = self._table_len[slot]
+            self._tables[slot, length] = block
+            columns.append(np.array([length]))
+            tables.append(np.array([block], dtype=np.int32))
+            self._table_len[slot] = length + 1
+        arrays: list[Array] = [
+            np.repeat([*entered, *slots.tolist()], [len(part) for part in columns]).astype(np.int64),
+            np.concatenate(columns).astype(np.int64),
+            np.concatenate(tables).astype(np.int32),
+        ]
+        if tokens:
+            arrays += [
+                np.repeat(entered, [len(part) for part in tokens]).astype(np.int64),
+                np.concatenate([np.arange(len(part)) for part in tokens]).astype(np.int64),
+                np.concatenate(tokens).astype(np.int32),
+            ]
+        on_device = self._transfers.upload(arrays)
+        self.block_tables[on_device[0], on_device[1]] = on_device[2]
+        if tokens:
+            self.token_ids[on_device[3], on_device[4]] = on_device[5]
+
+    def _enter(self, row: NewRow) -> Array:
+        slot = row.slot
+        tokens = np.frombuffer(row.tokens, dtype="<i4")
+        blocks = np.frombuffer(row.blocks, dtype="<i4")
+        self._tables[slot, : len(blocks)] = blocks
+        self._table_len[slot] = len(blocks)
+        self._num_tokens[slot] = len(tokens)
+        self._num_computed[slot] = row.num_computed
+        self._num_cached[slot] = row.num_cached
+        self._prompt_len[slot] = row.prompt_len
+        self._wants_prompt[slot] = row.params.prompt_logprobs is not None
+        return tokens
 
     def _cache_slots(self, slots: Ints, positions: Ints) -> Ints:
         blocks = self._tables[slots, positions // self.block_size].astype(np.int64)
@@ -122,17 +223,3 @@ class Batch:
         # a token whose keys are cached already runs only for its logits: it writes to the null block
         places[positions < self._num_cached[slots]] = 0
         return places
-
-    def _prompt_rows(self, slots: Ints, starts: Ints, ends: Ints, query_start: Ints) -> list[tuple[int, int, int, int]]:
-        if not self._wants_prompt[slots].any():
-            return []
-        rows = []
-        for index in np.flatnonzero(self._wants_prompt[slots]):
-            slot, start = int(slots[index]), int(starts[index])
-            last = min(int(ends[index]), int(self._prompt_len[slot]) - 1)
-            if start < last:
-                rows.append((slot, start, last, int(query_start[index])))
-        return rows
-
-    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -36,13 +36,20 @@ def allocate(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    heads_first: bool = False,
 ) -> KVCache:
     """Keys and values per layer, each [num_blocks, block_size, num_kv_heads, head_dim].
 
+    `heads_first`: in memory, the slots of one head lie together in a block.
     Zeros, because a masked key of garbage may be NaN, and NaN times probability zero is NaN.
     """
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    return [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(num_layers)]
+    if heads_first:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        made = [[_zeros(shape, dtype, device).transpose(1, 2) for _ in range(2)] for _ in range(num_layers)]
+    else:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        made = [[_zeros(shape, dtype, device) for _ in range(2)] for _ in range(num_layers)]
+    return [(keys, values) for keys, values in made]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

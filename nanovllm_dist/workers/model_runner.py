@@ -1,7 +1,8 @@
 """ModelRunner: one rank's model, cache and batch; turns a step into sampled tokens.
 
-Every rank runs the same step on its own shard. Rank 0 holds the logits, samples once, and the tokens are
-broadcast, so no two ranks can disagree. It knows nothing of sockets or of why a step looks as it does.
+Every rank runs the same step on its own shard. Where the device has a sampler of its own each rank runs it and all
+get the same tokens; otherwise rank 0 samples once and the tokens are broadcast: no two ranks can disagree. A step is
+started here and awaited by the caller. It knows nothing of sockets or of why a step looks as it does.
 """
 
 from __future__ import annotations
@@ -9,27 +10,67 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.models.config import ModelConfig
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.loader import dummy_weights, load_weights
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.registry import build_model
 from nanovllm_dist.wire.messages import NewRow, Step, StepResult, TokenLogprobs, pack_ints, unpack_ints
 from nanovllm_dist.workers import kv_cache
-from nanovllm_dist.workers.batch import Batch, StepInputs
+from nanovllm_dist.workers.batch import Batch, StepRows
+from nanovllm_dist.workers.graphs import DecodeGraphs, DecodeInputs, DecodeOutputs, graph_sizes
 from nanovllm_dist.workers.logprobs import prompt_logprobs
 from nanovllm_dist.workers.platform.base import Platform
+from nanovllm_dist.workers.profile_steps import profile_steps
 from nanovllm_dist.workers.sampler import Sampler
+from nanovllm_dist.workers.sampling_random import uniform
 from nanovllm_dist.workers.sampling_table import SamplingTable
+from nanovllm_dist.workers.transfers import Array, HostCopy
 
 # Prompt log-probabilities need logits of every position: this many rows of the vocabulary at once
 _LOGIT_ROWS = 256
 
 
+class RunningStep:
+    """A step that the device may still be busy with; rank 0's."""
+
+    def __init__(
+        self,
+        step: Step,
+        started: float,
+        copy: HostCopy,
+        logprobs: list[tuple[int, TokenLogprobs]],
+        prompt: list[tuple[int, int, list[TokenLogprobs]]],
+    ) -> None:
+        self._step = step
+        self._started = started
+        self._copy = copy
+        self._logprobs = logprobs
+        self._prompt = prompt
+
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._copy.done()
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        tokens = pack_ints(self._copy.tokens())
+        return StepResult(
+            epoch=self._step.epoch,
+            step=self._step.step,
+            tokens=tokens,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt,
+            device_us=int((time.perf_counter() - self._started) * 1e6),
+        )
+
+
 class ModelRunner:
-    """Load, measure, allocate, then `execute` steps. `config` is resolved."""
+    """Load, measure, allocate, then `start` steps. `config` is resolved."""
 
     def __init__(
         self,
@@ -40,16 +81,19 @@ class ModelRunner:
         device: torch.device,
     ) -> None:
         self.config = config
-        self.model_config = model_config
         self._platform = platform
         self._comm = comm
         self._device = device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        backend = platform.attention_backend(model_config.head_dim, self.dtype)
-        self.model = build_model(model_config, comm, backend, self.dtype, device)
-        self._batch = Batch(config.max_num_seqs, config.max_model_len, config.block_size, device)
+        kernels = platform.layer_kernels(config, model_config, comm, self.dtype)
+        self.model = build_model(model_config, comm, kernels, self.dtype, device)
+        self._transfers = platform.transfers(config)
+        self._batch = Batch(config.max_num_seqs, config.max_model_len, config.block_size, self._transfers, device)
         self._table = SamplingTable(config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids, device)
         self._sampler = Sampler(self._table)
+        self._device_sampler = platform.device_sampler(comm, self.model.lm_head)
+        self._graphs: DecodeGraphs | None = None
+        self._logits = torch.empty(0)
         self._kv_caches: kv_cache.KVCache = []
 
     def load(self, progress: Callable[[int, int], None]) -> None:
@@ -61,9 +105,9 @@ class ModelRunner:
         self.model.finalize()
 
     def measure_blocks(self) -> int:
-        """How many cache blocks this rank can hold, found after a forward that takes what activations take."""
+        """How many cache blocks this rank can hold, found after steps that take what activations take."""
         config = self.config
-        self._run_once(self._platform.profile_tokens(config))
+        self._profile()
         # rows of the longest length fill this many blocks; more could never be used
         most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size) + 1
         if config.num_blocks:
@@ -71,50 +115,107 @@ class ModelRunner:
         return kv_cache.blocks_that_fit(self._platform.cache_bytes(config), self._block_bytes(), most_useful)
 
     def allocate(self, num_blocks: int) -> None:
-        """Allocate the KV cache."""
+        """Allocate the KV cache; from here on decodes may be recorded."""
         self._kv_caches = self._new_cache(num_blocks)
+        record = None if self.config.enforce_eager else self._platform.recorder()
+        if record is not None and self._device_sampler is not None:
+            # one place for the logits of all graphs, which would else each keep their own
+            rows, columns = self.config.max_num_seqs, self.model.lm_head.columns
+            self._logits = torch.empty(rows, columns, dtype=self.dtype, device=self._device)
+            sizes = graph_sizes(rows)
+            self._graphs = DecodeGraphs(sizes, self._decode, record, self._transfers, self._device)
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> StepResult | None:
-        """Run one step; rank 0 returns its result, the others None."""
+    def start(self, step: Step) -> RunningStep | None:
+        """Start one step; rank 0 returns it, the others None. Steps run in the order of their start."""
         started = time.perf_counter()
         for row in step.new_rows:
             self._enter(row)
-        self._batch.apply(step)
-        inputs = self._batch.prepare(step, self._kv_caches)
-        hidden = self.model.forward(inputs.input_ids, inputs.positions, inputs.attention)
-        prompt = [self._prompt_logprobs(hidden, *row) for row in inputs.prompt_rows]
-        tokens, logprobs = self._sample(hidden, inputs)
+        rows = self._batch.begin(step)
+        if self._graphs is not None and rows.only_decodes:
+            tokens, logprobs = self._replay(rows, self._graphs)
+            prompt: list[tuple[int, int, list[TokenLogprobs]]] = []
+        else:
+            tokens, logprobs, prompt = self._run(rows)
         if self._comm.rank != 0:
             return None
-        return StepResult(
-            epoch=step.epoch,
-            step=step.step,
-            tokens=pack_ints(tokens.tolist()),
-            logprobs=logprobs,
-            prompt_logprobs=prompt,
-            device_us=int((time.perf_counter() - started) * 1e6),
-        )
+        return RunningStep(step, started, self._transfers.download(tokens), logprobs, prompt)
 
-    # --- inside --------------------------------------------------------------------------------------------
+    # --- one step ------------------------------------------------------------------------------------------
 
     def _enter(self, row: NewRow) -> None:
         bad_words = [unpack_ints(word) for word in row.bad_words]
         self._table.set(row.slot, row.params, row.seed, row.prompt_len, bad_words)
 
-    def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
-        if not len(inputs.sample_slots):
-            return torch.empty(0, dtype=torch.int64, device=self._device), []
-        logits = self.model.compute_logits(hidden[inputs.sample_index])
-        logprobs: list[tuple[int, TokenLogprobs]] = []
-        if logits is None:
-            tokens = torch.empty(len(inputs.sample_slots), dtype=torch.int64, device=self._device)
+    def _run(
+        self, rows: StepRows
+    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]], list[tuple[int, int, list[TokenLogprobs]]]]:
+        """A step of any shape, launched operation by operation."""
+        inputs = self._batch.inputs(rows, self._kv_caches, self._draws(rows, len(rows.sample_slots)))
+        hidden = self.model.forward(inputs.input_ids, inputs.positions, inputs.attention)
+        prompt = [self._prompt_logprobs(hidden, *wanted) for wanted in self._batch.prompt_rows(rows)]
+        if not len(rows.sample_slots):
+            return torch.empty(0, dtype=torch.int64, device=self._device), [], prompt
+        logits = self.model.lm_head(hidden[inputs.sample_index])
+        if self._device_sampler is None or self._table.any_special(rows.sample_slots, rows.sample_positions):
+            tokens, logprobs = self._sample_on_rank_0(logits, rows)
         else:
-            sampled = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, self._batch.token_ids)
-            tokens, logprobs = sampled.token_ids, sampled.logprobs
-        tokens = self._comm.broadcast(tokens)
-        self._batch.append(inputs, tokens)
+            tokens, logprobs = self._device_sampler.sample(logits, *inputs.extra), []
+        self._batch.append(inputs.sample_slots, inputs.sample_positions, tokens)
+        return tokens, logprobs, prompt
+
+    def _replay(self, rows: StepRows, graphs: DecodeGraphs) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+        """A step of decodes alone, by graph; rows that want more than a plain draw are sampled again after it."""
+        count = len(rows.slots)
+        size = graphs.size_of(count)
+        outputs = graphs.run([*self._batch.decode_arrays(rows, size), *self._draws(rows, size)])
+        if not self._table.any_special(rows.slots, rows.ends):
+            return outputs.tokens[:count], []
+        tokens, logprobs = self._sample_on_rank_0(outputs.logits[:count], rows)
+        slots, positions = self._transfers.upload([rows.slots, rows.ends])
+        self._batch.append(slots, positions, tokens)
         return tokens, logprobs
+
+    def _decode(self, inputs: DecodeInputs) -> DecodeOutputs:
+        """What a decode graph records."""
+        assert self._device_sampler is not None
+        size = len(inputs.slots)
+        attention = AttentionBatch(
+            slot_mapping=inputs.cache_slots,
+            block_tables=self._batch.block_tables.index_select(0, inputs.slots),
+            context_lens=inputs.context_lens,
+            query_start=torch.arange(size + 1, dtype=torch.int32, device=self._device),
+            num_decodes=size,
+            host_query_lens=[],
+            host_context_lens=[],
+            kv_caches=self._kv_caches,
+        )
+        input_ids = self._batch.token_ids[inputs.slots, inputs.positions].long()
+        hidden = self.model.forward(input_ids, inputs.positions, attention)
+        logits = self.model.lm_head(hidden, out=self._logits[:size])
+        tokens = self._device_sampler.sample(logits, inputs.inv_temperature, inputs.uniforms)
+        self._batch.append(inputs.slots, inputs.positions + 1, tokens)
+        return DecodeOutputs(tokens, logits)
+
+    def _draws(self, rows: StepRows, size: int) -> list[Array]:
+        """float32 inverse temperatures and float64 uniforms of the sampling rows, padded to `size`."""
+        slots = rows.sample_slots
+        inv_temperature, uniforms = np.zeros(size, dtype=np.float32), np.zeros(size)
+        inv_temperature[: len(slots)] = self._table.inv_temperature[slots]
+        uniforms[: len(slots)] = uniform(self._table.seed[slots], rows.sample_positions)
+        return [inv_temperature, uniforms]
+
+    def _sample_on_rank_0(
+        self, logits: torch.Tensor, rows: StepRows
+    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+        whole = self.model.lm_head.gather(logits)
+        logprobs: list[tuple[int, TokenLogprobs]] = []
+        if whole is None:
+            tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
+        else:
+            sampled = self._sampler.sample(whole, rows.sample_slots, rows.sample_positions, self._batch.token_ids)
+            tokens, logprobs = sampled.token_ids, sampled.logprobs
+        return self._comm.broadcast(tokens), logprobs
 
     def _prompt_logprobs(
         self, hidden: torch.Tensor, slot: int, first: int, last: int, index: int
@@ -128,6 +229,19 @@ class ModelRunner:
                 targets = self._batch.token_ids[slot, start + 1 : end + 1].long()
                 entries += prompt_logprobs(logits, targets, self._table.prompt_logprobs_of(slot))
         return slot, first + 1, entries
+
+    # --- start-up ------------------------------------------------------------------------------------------
+
+    def _profile(self) -> None:
+        """The largest steps there can be, sampler included, on a small cache of their own."""
+        steps, num_blocks = profile_steps(self.config, self._platform.profile_tokens(self.config))
+        self._kv_caches = self._new_cache(num_blocks)
+        for step in steps:
+            running = self.start(step)
+            if running is not None:
+                running.result()
+        self._platform.synchronize()
+        self._kv_caches = []
 
     def _block_bytes(self) -> int:
         return kv_cache.bytes_per_block(
@@ -143,27 +257,5 @@ class ModelRunner:
             self.model.head_dim,
             self.dtype,
             self._device,
+            heads_first=self._platform.cache_heads_first,
         )
-
-    def _run_once(self, num_tokens: int) -> None:
-        """A forward of one prompt of `num_tokens`, sampler included, on a cache of its own."""
-        from nanovllm_dist.sampling_params import SamplingParams
-
-        num_tokens = min(num_tokens, self.config.max_model_len - 1)
-        num_blocks = -(-num_tokens // self.config.block_size)
-        self._kv_caches = self._new_cache(num_blocks + 1)
-        row = NewRow(
-            slot=0,
-            tokens=pack_ints([0] * num_tokens),
-            prompt_len=num_tokens,
-            num_computed=0,
-            num_cached=0,
-            blocks=pack_ints(range(1, num_blocks + 1)),
-            seed=0,
-            params=SamplingParams(),
-            bad_words=[],
-        )
-        one = Step(-1, -1, pack_ints([0]), pack_ints([num_tokens]), b"", b"", [row])
-        self.execute(one)
-        self._platform.synchronize()
-        self._kv_caches = []

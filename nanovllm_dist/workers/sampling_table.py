@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nanovllm_dist.sampling_params import SamplingParams
@@ -51,6 +52,7 @@ class SamplingTable:
     """Per-slot parameters as numpy arrays [max_num_seqs], indexed by slot; see `SamplingParams` for meanings.
 
     `greedy`, `filtered` (top-k or top-p), `penalized`, `edited` (LogitEdits at every step) are flags;
+    `special` is any of the last three, min-p or log-probabilities: more than an argmax or a plain draw.
     `min_length` is the length below which stop tokens are banned; `logprobs` is NO_LOGPROBS where none are wanted.
     """
 
@@ -70,6 +72,8 @@ class SamplingTable:
         self.seed = np.zeros(max_num_seqs, dtype=np.uint64)
         self.prompt_len = np.zeros(max_num_seqs, dtype=np.int64)
         self.temperature = np.ones(max_num_seqs, dtype=np.float32)
+        self.inv_temperature = np.zeros(max_num_seqs, dtype=np.float32)  # 0 where greedy
+        self.special = np.zeros(max_num_seqs, dtype=np.bool_)
         self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self.top_p = np.ones(max_num_seqs, dtype=np.float64)
         self.min_p = np.zeros(max_num_seqs, dtype=np.float32)
@@ -106,6 +110,19 @@ class SamplingTable:
         self.min_length[slot] = prompt_len + params.min_tokens
         self.edited[slot] = bool(params.allowed_token_ids is not None or bad_words or params.logit_bias)
         self.edits[slot] = self._edits(params, bad_words) if self.edited[slot] or params.min_tokens else None
+
+        self.inv_temperature[slot] = 0.0 if params.greedy else 1.0 / self.temperature[slot]
+        self.special[slot] = bool(
+            self.filtered[slot]
+            or self.penalized[slot]
+            or self.edited[slot]
+            or params.min_p > 0
+            or params.logprobs is not None
+        )
+
+    def any_special(self, slots: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> bool:
+        """Whether some of these rows, of `num_tokens` known tokens each, ask for more than an argmax or plain draw."""
+        return bool(self.special[slots].any() or (num_tokens < self.min_length[slots]).any())
 
     def prompt_logprobs_of(self, slot: int) -> int:
         """How many of the likeliest tokens `slot` wants beside each prompt token; 0 also where it wants none."""

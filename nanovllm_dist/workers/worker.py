@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,6 +29,8 @@ from nanovllm_dist.workers.platform import get_platform
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+    from nanovllm_dist.workers.model_runner import RunningStep
 
 T = TypeVar("T", bound="wire.ToWorker")
 log = logging.getLogger("worker")
@@ -85,13 +88,17 @@ class Worker:
         gc.collect()
         gc.freeze()
         self._send(wire.WorkerReady())
-        self._steps(runner.execute)
+        self._steps(runner.start)
 
-    def _steps(self, execute: Callable[[wire.Step], wire.StepResult | None]) -> None:
+    def _steps(self, start: Callable[[wire.Step], RunningStep | None]) -> None:
+        """Start steps as they come; answer each when it is done, but start the next first if it is here."""
+        running: deque[RunningStep] = deque()
         while True:
-            result = execute(self._expect(wire.Step))
-            if result is not None:
-                self._send(result)
+            while running and (running[0].done() or not self._channel.waiting()):
+                self._send(running.popleft().result())
+            step = start(self._expect(wire.Step))
+            if step is not None:
+                running.append(step)
 
     def _rendezvous(self) -> Store | None:
         """The store over which the ranks find each other; rank 0 serves it on a port of the system's choosing."""

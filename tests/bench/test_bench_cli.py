@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -14,7 +15,7 @@ from nanovllm_dist.bench.options import engine_config
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
 
-COMMANDS = ("throughput", "latency", "startup")
+COMMANDS = ("throughput", "latency", "startup", "load", "suite")
 
 
 def bench(*arguments: str) -> Result:
@@ -42,7 +43,7 @@ def test_help_is_grouped_and_names_the_workloads(command: str) -> None:
     assert result.exit_code == 0
     for heading in ("Measurement", "Model", "Batching", "KV cache", "Processes and network"):
         assert heading in result.output
-    if command != "startup":
+    if command not in ("startup", "load"):
         assert "upstream_seed0" in result.output
     assert "Sampling" not in result.output
 
@@ -77,15 +78,23 @@ def test_a_config_file_with_an_option_that_is_none_names_the_closest(tmp_path: P
         (("latency", "-m", "x", "--bandwidth", "44"), ("both --bandwidth and --flops",)),
         (("latency", "-m", "x", "--bandwidth", "0", "--flops", "1"), ("positive",)),
         (("startup", "-m", "x", "--json", "/nowhere/at/all.json"), ("--json /nowhere/at/all.json",)),
+        (("load", "-m", "x", "--rate", "0"), ("--rate 0",)),
+        (("load", "-m", "x", "--rate", "4", "--rate", "-1"), ("--rate 4 -1",)),
+        (("load", "-m", "x", "--seconds", "0"), ("--seconds 0",)),
+        (("load", "-m", "{tiny}", "--range-ratio", "1"), ("--range-ratio 1.0",)),
+        (("suite", "-m", "x", "-w", "c3", "--output", "out"), ("'c3'", "single")),
+        (("suite", "-m", "x", "-w", "c1", "--num-requests", "4", "-w", "single", "-o", "/dev/null/x"), ("--output",)),
+        (("scheduler", "--steps", "0"), ("--steps 0",)),
+        (("scheduler", "--plot", "/nowhere/at/all.svg"), ("--plot /nowhere/at/all.svg",)),
         (("startup", "-m", "x", "--tp", "0"), ("tensor_parallel_size=0",)),
         (("startup",), ("--model",)),
         (("throughput", "-m", "x", "--device", "abacus"), ("abacus",)),
     ],
 )
 def test_a_wrong_command_line_is_one_readable_line_and_exit_code_2(
-    arguments: tuple[str, ...], words: tuple[str, ...]
+    arguments: tuple[str, ...], words: tuple[str, ...], tiny_model: Path
 ) -> None:
-    result = bench(*arguments)
+    result = bench(*(str(tiny_model) if one == "{tiny}" else one for one in arguments))
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -109,3 +118,12 @@ def test_work_that_does_not_fit_the_model_is_refused_before_an_engine_starts(tin
     assert result.exit_code == 2
     assert "workload upstream_seed0 has a request of" in result.stderr
     assert "512" in result.stderr
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = bench("scheduler", "--plot", str(tmp_path / "costs.svg"))
+    assert result.exit_code == 2
+    assert result.stderr == "error: --plot needs matplotlib: install nanovllm_dist[bench]\n"

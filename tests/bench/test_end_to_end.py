@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from typer.testing import CliRunner
 
 from nanovllm_dist.bench.cli import app
 from nanovllm_dist.bench.latency import LatencyReport
+from nanovllm_dist.bench.load import LoadReport
 from nanovllm_dist.bench.report import Report, read_json
 from nanovllm_dist.bench.startup import StartupReport
 from nanovllm_dist.bench.throughput import ThroughputReport
@@ -57,8 +61,9 @@ def test_throughput_beside_transformers_accounts_for_every_token(tiny_model: Pat
     assert report.itl.count == work.output_tokens - work.num_requests
     assert report.comparison is not None
     assert len(report.comparison.ratios) == len(report.rates.seconds) == 2
-    assert report.share_of_limit is not None
-    assert 0.0 < report.share_of_limit < 1.0
+    assert report.achieved is not None
+    assert 0.0 < report.achieved.share < 1.0
+    assert 0.0 < report.achieved.cache_bandwidth < 40e9
     assert report.engine.options["max_num_seqs"] == 4
 
 
@@ -73,6 +78,62 @@ def test_latency_times_every_token(tiny_model: Path, tmp_path: Path) -> None:
     assert max(report.counters.batch_histogram) == 1
     assert report.decode_tokens_per_second is not None
     assert report.ttft.p50 < report.e2e.p50
+
+
+def test_load_times_every_token_at_every_rate_and_says_how_late_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    lengths = ("--input-len", "20", "--output-len", "10", "--range-ratio", "0.5")
+    report = bench(tiny_model, tmp_path, "load", *lengths, "--rate", "10", "--rate", "40", "--seconds", "0.5")
+    assert isinstance(report, LoadReport)
+    assert [result.rate for result in report.results] == [10.0, 40.0]
+    assert [result.workload.num_requests for result in report.results] == [5, 20]
+    for result in report.results:
+        work = result.workload
+        assert result.refused == 0
+        assert result.counters.generated_tokens == work.output_tokens
+        assert result.counters.prefix_hits == 0
+        assert result.itl is not None
+        assert result.itl.count == work.output_tokens - work.num_requests
+        assert result.ttft is not None
+        assert result.e2e is not None
+        assert result.lateness is not None
+        assert result.ttft.count == result.e2e.count == result.lateness.count == work.num_requests
+        assert result.ttft.p50 < result.e2e.p50
+        assert result.lateness.p50 >= 0.0
+        # the last request is due after 0.5 s, and the first is answered from its own arrival on
+        assert result.seconds * result.requests_per_second == pytest.approx(work.num_requests)
+        assert result.client_cpu > 0.0
+
+
+def test_a_suite_measures_on_one_engine_and_keeps_a_report_of_each(tiny_model: Path, tmp_path: Path) -> None:
+    small = ("-m", str(tiny_model), "--load-format", "dummy", "--launcher", "local", "--threads-per-worker", "1")
+    work = ("-w", "random", "-w", "c2", "--num-requests", "3", "--input-len", "20", "--output-len", "10", "--runs", "1")
+    load = ("--rate", "20", "--seconds", "0.2")
+    directory = tmp_path / "new" / "reports"
+    result = CliRunner().invoke(
+        app, ["suite", *small, "--kv-cache-memory", "4MiB", *work, *load, "--output", str(directory)]
+    )
+    assert result.exit_code == 0, result.output
+    reports = {path.stem: read_json(str(path)) for path in directory.iterdir()}
+    assert set(reports) == {"throughput-random", "throughput-c2", "load"}
+    assert isinstance(reports["throughput-random"], ThroughputReport)
+    assert reports["throughput-random"].workload.num_requests == 3
+    assert isinstance(reports["load"], LoadReport)
+    assert reports["load"].engine == reports["throughput-c2"].engine  # type: ignore[union-attr]
+
+
+def test_the_script_for_gpu_machines_runs_dry_anywhere(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "bench_gpu"
+    finished = subprocess.run(
+        [script, "--model", "tiny", "--quick", "--output", tmp_path, "--", "--threads-per-worker", "1"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"machine.txt", "startup-cold.json", "startup-warm.json", "throughput-random.json", "load.json"} <= names
+    assert all(read_json(str(tmp_path / name)) for name in names if name.endswith(".json"))
 
 
 def test_startup_times_fresh_processes(tiny_model: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ BEFORE = EngineStats(
     finished={"length": 4},
     seconds_since_step=0.0,
     host_us_per_step={1: (4, 100.0), 8: (6, 300.0)},
+    answer_us_per_step={8: (6, 30.0)},
     batch_histogram={1: 4, 8: 6},
 )
 AFTER = msgspec.structs.replace(
@@ -34,6 +35,7 @@ AFTER = msgspec.structs.replace(
     prefix_hits=5,
     preemptions=3,
     host_us_per_step={1: (4, 100.0), 8: (12, 200.0), 64: (24, 900.0)},
+    answer_us_per_step={8: (12, 25.0)},
     batch_histogram={1: 4, 8: 12, 64: 24},
 )
 
@@ -50,6 +52,7 @@ def test_host_time_is_the_mean_over_the_new_steps_and_not_over_all() -> None:
     assert set(host) == {8, 64}  # no new step with one request running
     assert host[8] == HostTime(6, pytest.approx(100.0))  # 12 * 200 - 6 * 300 over 6
     assert host[64] == HostTime(24, pytest.approx(900.0))
+    assert counted(BEFORE, AFTER).answer_us_per_step == {8: HostTime(6, pytest.approx(20.0))}
 
 
 def test_nothing_happened_between_equal_statistics() -> None:

@@ -14,6 +14,7 @@ from nanovllm_dist.bench.distribution import Distribution
 from nanovllm_dist.bench.engine_run import EngineCounters, HostTime
 from nanovllm_dist.bench.environment import describe_environment
 from nanovllm_dist.bench.latency import LatencyReport
+from nanovllm_dist.bench.load import LoadReport, RateResult
 from nanovllm_dist.bench.report import (
     Report,
     read_json,
@@ -22,7 +23,10 @@ from nanovllm_dist.bench.report import (
     show_throughput,
     write_json,
 )
-from nanovllm_dist.bench.roofline import Limit
+from nanovllm_dist.bench.report_load import show_load
+from nanovllm_dist.bench.report_scheduler import show_scheduler
+from nanovllm_dist.bench.roofline import Achieved, Limit
+from nanovllm_dist.bench.scheduler_cost import SchedulerReport, StepCost
 from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary
 from nanovllm_dist.bench.startup import StartupReport
 from nanovllm_dist.bench.throughput import Comparison, Rates, ThroughputReport
@@ -36,6 +40,7 @@ COUNTERS = EngineCounters(
     prefix_hits=7,
     preemptions=3,
     host_us_per_step={64: HostTime(90, 512.4)},
+    answer_us_per_step={64: HostTime(88, 73.4)},
     batch_histogram={rows: rows for rows in range(1, 13)},
 )
 ENGINE = EngineSummary(
@@ -52,7 +57,15 @@ ENGINE = EngineSummary(
 )
 WORK = WorkloadSummary("c1", 64, 9_768, 9_790, 0.6)
 RATES = Rates([2.0, 4.0, 3.0], [600.0, 300.0, 400.0], 400.0, 800.0)
-LIMIT = Limit(1.0, 2.0, 0.0, 1000.0, 160.0)
+LIMIT = Limit(
+    prefill=1.0,
+    decode=2.0,
+    all_reduce=0.0,
+    output_tokens_per_second=1000.0,
+    one_request_tokens_per_second=160.0,
+    weight_bytes=5e9,
+    cache_bytes=6e9,
+)
 THROUGHPUT = ThroughputReport(
     environment=describe_environment(),
     engine=ENGINE,
@@ -65,7 +78,7 @@ THROUGHPUT = ThroughputReport(
     counters=COUNTERS,
     comparison=Comparison("transformers", "default", 32, RATES, 1.25, [1.0, 1.25, 1.5]),
     limit=LIMIT,
-    share_of_limit=0.4,
+    achieved=Achieved(share=0.4, cache_bandwidth=2.107e12, attention_bandwidth=2.513e12),
 )
 LATENCY = LatencyReport(
     environment=describe_environment(),
@@ -79,6 +92,33 @@ LATENCY = LatencyReport(
     counters=COUNTERS,
     limit=LIMIT,
     share_of_limit=0.5,
+)
+LOAD = LoadReport(
+    environment=describe_environment(),
+    engine=ENGINE,
+    results=[
+        RateResult(
+            rate=16.0,
+            workload=WorkloadSummary("random", 720, 553_000, 92_160, 0.6),
+            refused=3,
+            seconds=46.2,
+            requests_per_second=15.58,
+            output_tokens_per_second=1994.8,
+            ttft=TIMES,
+            itl=TIMES,
+            tpot=TIMES,
+            e2e=TIMES,
+            lateness=msgspec.structs.replace(TIMES, p99=0.0037),
+            client_cpu=0.21,
+            counters=COUNTERS,
+        )
+    ],
+)
+SCHEDULER = SchedulerReport(
+    environment=describe_environment(),
+    steps=500,
+    by_running=[StepCost(1, 0, 1.5, 0.5, 2.0, 4.0, None), StepCost(1024, 0, 1500.0, 500.0, 2000.0, 4000.0, None)],
+    by_queue=[StepCost(64, 1, 60.0, 30.0, 90.0, 190.0, 12.0), StepCost(64, 100_000, 69.0, 30.0, 99.0, 250.0, 13.5)],
 )
 STARTUP = StartupReport(
     environment=describe_environment(),
@@ -101,18 +141,22 @@ def shown(report: Report) -> str:
         show_throughput(report, console)
     elif isinstance(report, LatencyReport):
         show_latency(report, console)
+    elif isinstance(report, LoadReport):
+        show_load(report, console)
+    elif isinstance(report, SchedulerReport):
+        show_scheduler(report, console)
     else:
         show_startup(report, console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.mark.parametrize("report", [THROUGHPUT, LATENCY, STARTUP], ids=["throughput", "latency", "startup"])
+@pytest.mark.parametrize("report", [THROUGHPUT, LATENCY, STARTUP, LOAD, SCHEDULER], ids=lambda one: type(one).__name__)
 def test_a_report_comes_back_from_its_file_as_it_was(report: Report, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     write_json(report, str(path))
     assert read_json(str(path)) == report
     raw = json.loads(path.read_text())
-    assert raw["benchmark"] in ("throughput", "latency", "startup")
+    assert raw["benchmark"] in ("throughput", "latency", "startup", "load", "scheduler")
     assert {"nanovllm_dist", "python", "torch", "transformers", "cpu", "cores"} <= set(raw["environment"])
 
 
@@ -125,9 +169,40 @@ def test_a_file_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 def test_the_throughput_table_shows_rates_rival_limit_and_engine() -> None:
     text = shown(THROUGHPUT)
-    for figure in ("400.0", "800.0", "1.25 x", "1,000", "40%", "9,768", "9,790", "512  (90 steps)", "7 of 400"):
+    for figure in (
+        "400.0",
+        "800.0",
+        "1.25 x",
+        "1,000",
+        "40%",
+        "9,768",
+        "9,790",
+        "512  (90 steps)",
+        "73  (88 steps)",
+        "7 of 400",
+    ):
         assert figure in text
     assert "ITL" not in text  # it was not measured
+
+
+def test_the_throughput_table_shows_the_bandwidth_of_keys_and_values() -> None:
+    text = shown(THROUGHPUT)
+    assert "2,107" in text
+    assert "2,513" in text
+
+
+def test_the_load_table_shows_the_rate_the_refused_and_what_the_client_added() -> None:
+    text = shown(LOAD)
+    for figure in ("16 requests/s", "720 requests", "15.58", "1,994.8", "0.21", "sent late by", "3.7"):
+        assert figure in text
+    for name in ("TTFT", "ITL", "TPOT", "E2E"):
+        assert name in text
+
+
+def test_the_scheduler_table_shows_both_series_and_the_growth_with_the_queue() -> None:
+    text = shown(SCHEDULER)
+    for figure in ("1,024", "2,000.0", "100,000", "99.0", "13.5", "1.10 x", "500 steps"):
+        assert figure in text
 
 
 def test_times_are_shown_in_milliseconds() -> None:

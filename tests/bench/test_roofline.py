@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanovllm_dist.bench.roofline import Hardware, limit
+from nanovllm_dist.bench.roofline import Hardware, achieved, limit
 from nanovllm_dist.bench.workloads import Workload, make_workload
 from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig, parse_model_config
@@ -70,3 +70,41 @@ def test_one_device_pays_for_no_all_reduce() -> None:
 def test_a_rate_that_is_not_positive_is_refused(rates: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match="positive"):
         Hardware(*rates)
+
+
+def test_a_run_at_the_limit_reaches_all_of_it_and_the_whole_bandwidth_in_attention() -> None:
+    workload = make_workload("upstream_seed0")
+    bound = limit(QWEN3_600M, workload, H100)
+    fastest = achieved(bound, H100, workload.output_tokens / bound.output_tokens_per_second)
+    assert fastest.share == pytest.approx(1.0)
+    assert fastest.attention_bandwidth == pytest.approx(H100.bandwidth)
+    # nine tenths of this workload's limit are keys and values
+    assert fastest.cache_bandwidth == pytest.approx(0.9 * H100.bandwidth, rel=0.03)
+
+
+def test_a_run_of_twice_the_time_has_half_the_share_and_half_the_mean_bandwidth() -> None:
+    bound = limit(QWEN3_600M, make_workload("upstream_seed0"), H100)
+    once, twice = achieved(bound, H100, 6.0), achieved(bound, H100, 12.0)
+    assert twice.share == pytest.approx(once.share / 2)
+    assert twice.cache_bandwidth == pytest.approx(once.cache_bandwidth / 2)
+    assert once.attention_bandwidth is not None
+    assert twice.attention_bandwidth is not None
+    assert once.cache_bandwidth < once.attention_bandwidth
+    assert twice.attention_bandwidth < once.attention_bandwidth / 2
+
+
+def test_each_of_four_devices_reads_a_quarter_of_the_keys_and_values() -> None:
+    workload = make_workload("upstream_seed0")
+    alone, shared = limit(QWEN3_32B, workload, H200), limit(QWEN3_32B, workload, H200, tp=4)
+    # 2 (key, value) x 2 bytes x 64 layers x 8 heads x 128 for each position read
+    positions = sum(
+        p * (o - 1) + o * (o - 1) // 2 for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True)
+    )
+    assert alone.cache_bytes == 2 * 2 * 64 * 8 * 128 * positions
+    assert shared.cache_bytes == alone.cache_bytes / 4
+    assert shared.weight_bytes == alone.weight_bytes / 4
+
+
+def test_no_attention_bandwidth_is_made_up_for_a_run_that_the_figures_call_impossible() -> None:
+    bound = limit(QWEN3_600M, make_workload("upstream_seed0"), H100)
+    assert achieved(bound, H100, 0.001).attention_bandwidth is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import zlib
 
 import pytest
 
@@ -17,6 +19,14 @@ KNOWN = {
     "ascend_143770": (256, 141_919, 143_770, (407, 1011, 977, 110, 471), (768, 729, 273, 250, 340)),
     "c1": (64, 9_768, 9_790, (248, 111, 192, 97, 37), (244, 253, 232, 112, 86)),
     "c2": (1, 128, 128, (128,), (128,)),
+    "single": (1, 128, 512, (128,), (512,)),
+}
+# name -> CRC-32 of [prompt lengths, output lengths] as compact JSON, over all 256 requests of the published draws
+CHECKSUMS = {
+    "upstream_seed0": 2377964446,
+    "upstream_seed1": 3415232516,
+    "upstream_seed2": 2232005791,
+    "ascend_143770": 727885046,
 }
 
 
@@ -32,6 +42,13 @@ def test_a_named_workload_has_the_published_sums_and_lengths(name: str) -> None:
     assert workload.prompt_lens[: len(first_prompts)] == first_prompts
     assert workload.output_lens[: len(first_outputs)] == first_outputs
     assert len(workload.output_lens) == requests
+
+
+@pytest.mark.parametrize("name", CHECKSUMS)
+def test_every_length_of_a_published_workload_is_as_published(name: str) -> None:
+    workload = make_workload(name)
+    lengths = json.dumps([workload.prompt_lens, workload.output_lens], separators=(",", ":"))
+    assert zlib.crc32(lengths.encode()) == CHECKSUMS[name]
 
 
 @pytest.mark.parametrize("name", ["c1", "upstream_seed0", "random"])

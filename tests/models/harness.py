@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 
 from nanovllm_dist.models.config import read_model_config
-from nanovllm_dist.models.layers.attention import AttentionBatch
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
+from nanovllm_dist.models.layers.kernels import TorchLayers
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
 from nanovllm_dist.models.loader import load_weights
 from nanovllm_dist.models.parallel import Communicator, SingleRank
@@ -101,7 +102,7 @@ class PagedModel:
         dtype: torch.dtype = torch.float32,
         finalize: bool = True,
     ) -> None:
-        self.model = build_model(read_model_config(model_dir), comm, TorchAttention(), dtype, CPU)
+        self.model = build_model(read_model_config(model_dir), comm, TorchLayers(TorchAttention()), dtype, CPU)
         load_weights(self.model, model_dir)
         if finalize:
             self.model.finalize()

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from nanovllm_dist.errors import UnsupportedModelError
 from nanovllm_dist.models.config import ModelConfig, parse_model_config
 from nanovllm_dist.models.layers import torch_attention
-from nanovllm_dist.models.layers.attention import AttentionBatch
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
+from nanovllm_dist.models.layers.kernels import TorchLayers
 from nanovllm_dist.models.layers.linear_kernel import pack_linear
 from nanovllm_dist.models.layers.norm import RMSNorm
 from nanovllm_dist.models.layers.rotary import RotaryEmbedding, rope_frequencies, rotate
@@ -66,7 +67,7 @@ def test_rotation_equals_transformers(name: str) -> None:
 def test_rms_norm_equals_transformers_to_the_bit(dtype: torch.dtype) -> None:
     x, residual = torch.randn(5, 64, dtype=dtype), torch.randn(5, 64, dtype=dtype)
     theirs = LlamaRMSNorm(64, eps=1e-5).to(dtype)
-    ours = RMSNorm("norm.weight", 64, 1e-5, dtype, CPU)
+    ours = RMSNorm("norm.weight", 64, 1e-5, TorchLayers(TorchAttention()), dtype, CPU)
     for weight in (theirs.weight, ours.weight):
         weight.data.copy_(torch.linspace(-1, 2, 64))
     with torch.no_grad():

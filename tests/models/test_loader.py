@@ -15,6 +15,7 @@ from tiny import make_reference, random_tokens, reference_logits
 from nanovllm_dist.errors import WeightsError
 from nanovllm_dist.models.config import read_model_config
 from nanovllm_dist.models.layers.decoder import DecoderLM
+from nanovllm_dist.models.layers.kernels import TorchLayers
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
 from nanovllm_dist.models.loader import dummy_weights, load_weights
 from nanovllm_dist.models.parallel import Communicator, SingleRank
@@ -27,7 +28,7 @@ K_PROJ = "model.layers.0.self_attn.k_proj.weight"
 
 
 def build(directory: Path, comm: Communicator | None = None, dtype: torch.dtype = torch.float32) -> DecoderLM:
-    return build_model(read_model_config(directory), comm or SingleRank(), TorchAttention(), dtype, CPU)
+    return build_model(read_model_config(directory), comm or SingleRank(), TorchLayers(TorchAttention()), dtype, CPU)
 
 
 def rewrite(directory: Path, change: Callable[[Tensors], object]) -> None:

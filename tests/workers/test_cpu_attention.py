@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm_dist.models.layers.attention import AttentionBatch
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
 from nanovllm_dist.workers.platform import cpu_kernels
 from nanovllm_dist.workers.platform.cpu_attention import HEAD_DIMS, CpuAttention

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from nanovllm_dist.models.config import ModelConfig
-from nanovllm_dist.models.layers.attention import Attention, AttentionBackend, AttentionBatch
+from nanovllm_dist.models.layers.attention import Attention
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.embedding import LMHead, VocabEmbedding, VocabWeight
+from nanovllm_dist.models.layers.kernels import LayerKernels
 from nanovllm_dist.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm_dist.models.layers.mlp import MLP
 from nanovllm_dist.models.layers.norm import RMSNorm
-from nanovllm_dist.models.layers.rotary import RotaryEmbedding, Rotation
+from nanovllm_dist.models.layers.rotary import RotaryEmbedding
 from nanovllm_dist.models.layers.shard import Shard
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import split_heads
@@ -32,23 +34,23 @@ class DecoderLayer(nn.Module):
         config: ModelConfig,
         qk_norm: bool,
         comm: Communicator,
-        backend: AttentionBackend,
+        kernels: LayerKernels,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         prefix, size, eps = f"model.layers.{index}", config.hidden_size, config.rms_norm_eps
-        self.input_norm = RMSNorm(f"{prefix}.input_layernorm.weight", size, eps, dtype, device)
-        self.attention = Attention(f"{prefix}.self_attn", index, config, qk_norm, comm, backend, dtype, device)
-        self.mlp_norm = RMSNorm(f"{prefix}.post_attention_layernorm.weight", size, eps, dtype, device)
-        self.mlp = MLP(f"{prefix}.mlp", config, comm, dtype, device)
+        self.input_norm = RMSNorm(f"{prefix}.input_layernorm.weight", size, eps, kernels, dtype, device)
+        self.attention = Attention(f"{prefix}.self_attn", index, config, qk_norm, comm, kernels, dtype, device)
+        self.mlp_norm = RMSNorm(f"{prefix}.post_attention_layernorm.weight", size, eps, kernels, dtype, device)
+        self.mlp = MLP(f"{prefix}.mlp", config, comm, kernels, dtype, device)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, rotation: Rotation, batch: AttentionBatch, plan: Any
+        self, x: torch.Tensor, residual: torch.Tensor | None, batch: AttentionBatch, plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) [T, hidden] -> the same; their sum is the hidden state. The first layer has no residual."""
         normed, residual = self.input_norm(x, residual)
-        normed, residual = self.mlp_norm(self.attention(normed, rotation, batch, plan), residual)
+        normed, residual = self.mlp_norm(self.attention(normed, batch, plan), residual)
         return self.mlp(normed), residual
 
     def shards(self) -> Iterator[Shard]:
@@ -79,7 +81,7 @@ class DecoderLM(nn.Module):
         self,
         config: ModelConfig,
         comm: Communicator,
-        backend: AttentionBackend,
+        kernels: LayerKernels,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -88,7 +90,7 @@ class DecoderLM(nn.Module):
         self.kv_heads = split_heads(config.num_heads, config.num_kv_heads, comm.world_size, comm.rank).num_kv_heads
         self.head_dim = config.head_dim
         self.unused_tensors: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
-        self._backend = backend
+        self._kernels = kernels
         vocab, size = config.vocab_size, config.hidden_size
         self.vocab = VocabWeight("model.embed_tokens.weight", vocab, size, comm, dtype, device)
         self.output_vocab = self.vocab
@@ -99,26 +101,24 @@ class DecoderLM(nn.Module):
         self.embedding = VocabEmbedding(self.vocab, comm)
         self.rotary = RotaryEmbedding(config, device)
         self.layers = nn.ModuleList(
-            DecoderLayer(index, config, self.qk_norm, comm, backend, dtype, device)
+            DecoderLayer(index, config, self.qk_norm, comm, kernels, dtype, device)
             for index in range(config.num_layers)
         )
-        self.norm = RMSNorm("model.norm.weight", size, config.rms_norm_eps, dtype, device)
+        self.norm = RMSNorm("model.norm.weight", size, config.rms_norm_eps, kernels, dtype, device)
         self.lm_head = LMHead(self.output_vocab, config.tie_word_embeddings, comm)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, equal on all ranks."""
-        plan = self._backend.prepare(batch)
-        rotation = self.rotary(positions)
+        plan = self._kernels.prepare(batch, positions, self.rotary)
         hidden, residual = self.embedding(input_ids), None
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, rotation, batch, plan)
+            hidden, residual = layer(hidden, residual, batch, plan)
         normed: torch.Tensor = self.norm(hidden, residual)[0]
         return normed
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [N, hidden] -> logits [N, vocab] in float32 on rank 0, None elsewhere. Every rank must call it."""
-        logits: torch.Tensor | None = self.lm_head(hidden)
-        return logits
+        return self.lm_head.gather(self.lm_head(hidden))
 
     def shards(self) -> Iterator[Shard]:
         """Every checkpoint tensor of the model, once, with this rank's part. Not after `finalize`."""

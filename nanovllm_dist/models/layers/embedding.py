@@ -58,7 +58,12 @@ class VocabEmbedding(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Hidden states [N, hidden] -> logits [N, vocab] in float32 on rank 0, None elsewhere."""
+    """From hidden states to logits; each rank makes those of its own range of the vocabulary.
+
+    Attributes:
+        vocab_start, vocab_size: the range of this rank.
+        columns: of the logits, equal on all ranks; those behind `vocab_size` are padding.
+    """
 
     def __init__(self, rows: VocabWeight, tied: bool, comm: Communicator) -> None:
         super().__init__()
@@ -66,17 +71,25 @@ class LMHead(nn.Module):
         self._tied = tied
         self._comm = comm
         self._kernel: LinearKernel | None = None
+        self.vocab_start, self.vocab_size = rows.start, rows.end - rows.start
+        self.columns = len(rows.weight)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """See the class. Every rank must call it."""
-        logits = self._kernel(hidden) if self._kernel is not None else F.linear(hidden, self._rows.weight)
+    def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [N, hidden] -> this rank's logits [N, columns] in the model's dtype, written to `out` if given."""
+        if out is not None:
+            return torch.mm(hidden, self._rows.weight.t(), out=out)
+        return self._kernel(hidden) if self._kernel is not None else F.linear(hidden, self._rows.weight)
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Every rank's logits -> [N, vocab] in float32 on rank 0, None elsewhere. May be `logits` itself."""
         parts = self._comm.gather(logits)
         if parts is None:
             return None
         if len(parts) == 1:
             return parts[0].float()
         sizes = [end - start for start, end in self._rows.ranges]
-        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1).float()
+        whole = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+        return whole.float()
 
     def finalize(self) -> None:
         """Repack the weight for the device; after loading. The plain one stays only if the embedding needs it."""

@@ -56,6 +56,13 @@ class PackedLinear(nn.Module):
         assert self.weight is not None
         return F.linear(x, self.weight, bias)
 
+    def project_into(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """x [T, in] -> x @ weight.T, written to `out` if there is one."""
+        if out is None or self._kernel is not None:
+            return self.project(x, None)
+        assert self.weight is not None
+        return torch.mm(x, self.weight.t(), out=out)
+
     def pack(self, bias: torch.Tensor | None) -> None:
         """Repack the weight where that is faster, and free the original. Call once, after loading."""
         if self.weight is None:
@@ -127,7 +134,8 @@ class RowParallelLinear(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        output = self._comm.all_reduce(self.project(x, None))
+        buffer = self._comm.reduce_buffer(len(x), self._out_features, x.dtype)
+        output = self._comm.all_reduce(self.project_into(x, buffer))
         return output if self.bias is None else output + self.bias
 
     def finalize(self) -> None:

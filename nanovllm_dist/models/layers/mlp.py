@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanovllm_dist.models.config import ModelConfig
+from nanovllm_dist.models.layers.kernels import LayerKernels
 from nanovllm_dist.models.layers.linear import RowParallelLinear, gate_up_linear, intermediate_range
 from nanovllm_dist.models.layers.shard import Shard
 from nanovllm_dist.models.parallel import Communicator
-
-
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2 * size], gates first -> silu(gates) * rest, [T, size]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
     """x [T, hidden] -> [T, hidden], equal on all ranks."""
 
     def __init__(
-        self, prefix: str, config: ModelConfig, comm: Communicator, dtype: torch.dtype, device: torch.device
+        self,
+        prefix: str,
+        config: ModelConfig,
+        comm: Communicator,
+        kernels: LayerKernels,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self._kernels = kernels
         start, end = intermediate_range(config, comm)
         self.gate_up_proj = gate_up_linear(prefix, config, comm, dtype, device)
         self.down_proj = RowParallelLinear(
@@ -43,7 +44,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        output: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        output: torch.Tensor = self.down_proj(self._kernels.silu_mul(self.gate_up_proj(x)))
         return output
 
     def shards(self) -> Iterator[Shard]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from nanovllm_dist.models.layers.shard import Shard, empty_parameter
+
+if TYPE_CHECKING:
+    from nanovllm_dist.models.layers.kernels import LayerKernels
 
 
 def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -17,19 +21,29 @@ def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * scale).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Adds a residual, if there is one, and normalises."""
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, residual [T, size] -> (norm(x + residual) * weight, x + residual)."""
+    total = x if residual is None else x + residual
+    return rms_normalize(total, eps) * weight, total
 
-    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+
+class RMSNorm(nn.Module):
+    """Weight of a norm that may add a residual first."""
+
+    def __init__(
+        self, name: str, size: int, eps: float, kernels: LayerKernels, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self._name = name
         self._eps = eps
+        self._kernels = kernels
         self.weight = empty_parameter(size, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, residual [T, size] -> (norm(x + residual), x + residual)."""
-        total = x if residual is None else x + residual
-        return rms_normalize(total, self._eps) * self.weight, total
+        """x, residual [T, size] -> (norm(x + residual), x + residual); `residual` may be written to."""
+        return self._kernels.add_rms_norm(x, residual, self.weight, self._eps)
 
     def shards(self) -> Iterator[Shard]:
         """The weight, whole on every rank."""
@@ -52,12 +66,12 @@ class QueryKeyNorm(nn.Module):
         super().__init__()
         self._prefix = prefix
         self._num_heads = num_heads
-        self._eps = eps
+        self.eps = eps
         self.weight = empty_parameter(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device)
 
     def forward(self, query_key: torch.Tensor) -> torch.Tensor:
         """[T, num_heads + num_kv_heads, head_dim] -> the same shape."""
-        return rms_normalize(query_key, self._eps) * self.weight
+        return rms_normalize(query_key, self.eps) * self.weight
 
     def shards(self) -> Iterator[Shard]:
         """One weight for all query heads and one for all key heads, repeated per head here."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanovllm_dist.models.layers.attention import AttentionBatch
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 
 # Keys (and as much again for values) gathered at a time: what a core's second-level cache holds. On a Zen 4 core,
 # 64 rows of 50..500 tokens, 3 x 3 heads of 64: 4.6 ms a layer in bf16 against 12.7 ms in one piece, 5.2 row by row.

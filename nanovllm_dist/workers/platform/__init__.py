@@ -5,8 +5,9 @@ from __future__ import annotations
 from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.workers.platform.base import Platform
 from nanovllm_dist.workers.platform.cpu import CpuPlatform
+from nanovllm_dist.workers.platform.cuda import CudaPlatform
 
-_PLATFORMS: tuple[type[Platform], ...] = (CpuPlatform,)
+_PLATFORMS: tuple[type[Platform], ...] = (CudaPlatform, CpuPlatform)
 
 
 def platform_names() -> list[str]:

@@ -7,7 +7,8 @@ methods, so that the launcher can read defaults without paying for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from nanovllm_dist.config import EngineConfig
 
@@ -15,8 +16,20 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
-    from nanovllm_dist.models.layers.attention import AttentionBackend
+    from nanovllm_dist.models.config import ModelConfig
+    from nanovllm_dist.models.layers.embedding import LMHead
+    from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
+    from nanovllm_dist.workers.transfers import Transfers
+
+
+class DeviceSampler(Protocol):
+    """Argmax and plain temperature draws, without waiting for the device."""
+
+    def sample(self, logits: torch.Tensor, inv_temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """logits [N, columns] of this rank, float32 [N] inverse temperatures (0: greedy), float64 [N] uniforms in
+        [0, 1) -> int64 [N], equal on all ranks. Every rank must call it."""
+        ...
 
 
 class Platform(ABC):
@@ -31,6 +44,7 @@ class Platform(ABC):
     default_max_num_seqs: ClassVar[int]
     default_max_num_batched_tokens: ClassVar[int]
     default_steps_in_flight: ClassVar[int]
+    cache_heads_first: ClassVar[bool] = False  # see kv_cache.allocate
 
     @staticmethod
     @abstractmethod
@@ -50,8 +64,22 @@ class Platform(ABC):
         """Join the process group over `store`; a world of one needs none."""
 
     @abstractmethod
-    def attention_backend(self, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
-        """Paged attention for a model of this head size and dtype."""
+    def layer_kernels(
+        self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
+    ) -> LayerKernels:
+        """The operations of a layer for this rank of the model."""
+
+    @abstractmethod
+    def transfers(self, config: EngineConfig) -> Transfers:
+        """How a step's numbers reach the opened device and come back."""
+
+    def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler | None:
+        """A sampler of plain draws that every rank runs, or None: then rank 0 samples with torch."""
+        return None
+
+    def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+        """Records what a function queues on the device, without running it, and returns what replays it."""
+        return None
 
     @abstractmethod
     def profile_tokens(self, config: EngineConfig) -> int:

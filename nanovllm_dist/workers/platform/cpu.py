@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
-    from nanovllm_dist.models.layers.attention import AttentionBackend
+    from nanovllm_dist.models.config import ModelConfig
+    from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
+    from nanovllm_dist.workers.transfers import Transfers
 
 # Without --kv-cache-memory all ranks together take this share of the memory that is free after loading
 FREE_MEMORY_SHARE = 0.25
@@ -71,11 +73,20 @@ class CpuPlatform(Platform):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
         return GroupCommunicator()
 
-    def attention_backend(self, head_dim: int, dtype: torch.dtype) -> AttentionBackend:
-        """The C kernel for decodes where it can be built, else torch alone."""
+    def layer_kernels(
+        self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
+    ) -> LayerKernels:
+        """torch, with the C kernel for decodes where it can be built."""
+        from nanovllm_dist.models.layers.kernels import TorchLayers
         from nanovllm_dist.workers.platform.cpu_attention import CpuAttention
 
-        return CpuAttention(head_dim, dtype)
+        return TorchLayers(CpuAttention(model.head_dim, dtype))
+
+    def transfers(self, config: EngineConfig) -> Transfers:
+        """There is nothing to transfer."""
+        from nanovllm_dist.workers.transfers import DirectTransfers
+
+        return DirectTransfers()
 
     def profile_tokens(self, config: EngineConfig) -> int:
         """A few: activations do not compete with the cache for a memory of their own, so it only warms up."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanovllm_dist.models.layers.attention import AttentionBatch
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
 from nanovllm_dist.workers.platform.cpu_kernels import decode_library
 

@@ -1,0 +1,1 @@
+"""Triton kernels of the CUDA platform, each a plain function over tensors. Nothing here knows requests or steps."""

@@ -1,0 +1,309 @@
+"""Decode attention over a paged cache: one query token a row, bound by how fast keys and values are read.
+
+A row's context is cut into segments; a segment of one key/value head is one task. Where the cuts lie depends on the
+row's own context alone, so a row gives the same bits in any batch. `DecodeWorkspace.prepare` lists the segments of a
+step on the device, once for all layers, and a fixed number of programs walk the list. A grid over (row, head,
+possible segment) would be as safe in a captured graph, but at 256 rows and room for 40,960 keys all but one in forty
+of its programs would only start and leave. Walking a list also spreads long and short rows evenly.
+
+The query heads of a group are the rows of one tile, so a key is read once. A row of one segment writes its output.
+Otherwise segments leave partial results in the workspace, and the program that arrives last merges them, in order of
+segments whoever it is: no second launch. Few long segments beat many short ones only at large batches; a segment is
+`DecodeConfig.segment` keys until `max_segments` of them no longer cover the row, and longer from there on.
+
+It knows nothing of requests or layers, and does not write the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm_dist.workers.kernels.paged_tiles import LOG2E, block_of, check_layout, load_tile, slots_of, softmax_step
+
+# Rows of a tensor core's smallest tile: groups of fewer query heads are padded to it
+_MIN_ROWS = 16
+# Elements of partial results that a program merges at a time
+_MERGE_ELEMENTS = 4096
+_FIELDS = 5  # of a listed segment: row, index in the row, segments of the row, first key, end
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the work is cut.
+
+    Attributes:
+        segment: keys of a segment in rows of at most segment * max_segments keys; a multiple of `tile`.
+        max_segments: most segments of a row; longer rows have segments of a multiple of `segment` keys.
+        tile: keys loaded at a time. One block-table entry serves a tile if it divides the block size.
+        num_warps, num_stages: of the kernel; num_stages - 1 tiles are being loaded while one is worked on.
+        programs_per_processor: programs that walk the list, per multiprocessor; what fits there at once.
+    """
+
+    segment: int
+    max_segments: int
+    tile: int
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+
+
+def default_config(dtype: torch.dtype) -> DecodeConfig:
+    """The configuration for keys of this dtype on a Hopper GPU."""
+    if dtype == torch.float32:
+        return DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=2, programs_per_processor=2)
+    return DecodeConfig(128, 16, tile=64, num_warps=4, num_stages=3, programs_per_processor=3)
+
+
+class DecodeWorkspace:
+    """The step's list of segments and room for partial results. For one stream at a time.
+
+    Holds max_rows * num_heads * min(max_segments, max_context / segment) * head_dim floats.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_context: int,
+        num_processors: int,
+        config: DecodeConfig,
+        device: torch.device,
+    ) -> None:
+        """Room for `max_rows` rows of `num_heads` query heads; `num_processors` multiprocessors run the programs.
+
+        Contexts beyond `max_context` stay correct, with fewer segments than the configuration allows.
+        """
+        if num_heads % num_kv_heads or config.segment % config.tile:
+            raise ValueError(f"{num_heads} heads over {num_kv_heads} key/value heads, {config}")
+        self.config = config
+        self.max_rows = max_rows
+        self.max_segments = min(config.max_segments, -(-max_context // config.segment))
+        self.num_programs = num_processors * config.programs_per_processor
+        parts = max_rows * num_heads * self.max_segments
+        self.segments = torch.zeros(1 + _FIELDS * max_rows * self.max_segments, dtype=torch.int32, device=device)
+        self.maxima, self.sums = torch.empty(2, parts, dtype=torch.float32, device=device)
+        self.partials = torch.empty(parts * head_dim, dtype=torch.float32, device=device)
+        # every launch leaves them at zero again
+        self.arrivals = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
+
+    def prepare(self, context_lens: torch.Tensor) -> None:
+        """List the segments of a step: context_lens [R] int32, contiguous. Raises ValueError if R is too large.
+
+        Launches one kernel and waits for nothing; may be captured.
+        """
+        rows = len(context_lens)
+        if rows > self.max_rows:
+            raise ValueError(f"{rows} rows in a workspace for {self.max_rows}")
+        _list_segments[(self.max_segments,)](
+            context_lens,
+            self.segments,
+            rows,
+            self.max_rows * self.max_segments,
+            self.config.segment,
+            self.max_segments,
+            ROWS=triton.next_power_of_2(self.max_rows),
+        )
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each row's one token over its context; `workspace.prepare(context_lens)` must have run in this step.
+
+    query [R, heads, head_dim], rows at any distance; keys and values [num_blocks, block_size, kv_heads, head_dim] with
+    equal strides, the last of them 1; block_tables [R, max_blocks] int32; context_lens [R] int32, where a row of no
+    context gives zeros; scale > 0. `out` [R, heads, head_dim] contiguous, new if None -> `out`. Slots behind a
+    context are not read. Nothing is allocated when `out` is given, and the grid depends on R and the workspace alone.
+    Raises ValueError for layouts it cannot read.
+    """
+    rows, heads, head_dim = query.shape
+    block_size, kv_heads = keys.shape[1:3]
+    check_layout(query, keys, values, block_tables)
+    if len(context_lens) != rows or rows > workspace.max_rows:
+        raise ValueError(f"{rows} rows, {len(context_lens)} contexts, a workspace for {workspace.max_rows}")
+    out = torch.empty((rows, heads, head_dim), dtype=query.dtype, device=query.device) if out is None else out
+    if rows == 0:
+        return out
+    config, group, width = workspace.config, heads // kv_heads, triton.next_power_of_2(head_dim)
+    merge_width = triton.next_power_of_2(group) * width
+    parts = triton.next_power_of_2(workspace.max_segments)
+    _decode[(min(rows * kv_heads * workspace.max_segments, workspace.num_programs),)](
+        out,
+        query,
+        keys,
+        values,
+        block_tables,
+        workspace.segments,
+        workspace.maxima,
+        workspace.sums,
+        workspace.partials,
+        workspace.arrivals,
+        scale * LOG2E,
+        workspace.max_rows * workspace.max_segments,
+        workspace.max_segments,
+        kv_heads,
+        query.stride(0),
+        block_tables.stride(0),
+        *keys.stride()[:3],
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        TILE=config.tile,
+        QUERIES=max(_MIN_ROWS, triton.next_power_of_2(group)),
+        WIDTH=width,
+        PARTS=parts,
+        MERGED=max(1, min(parts, _MERGE_ELEMENTS // merge_width)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_rows", "capacity", "segment_keys", "max_segments"])
+def _list_segments(context_lens, segments, num_rows, capacity, segment_keys, max_segments, ROWS: tl.constexpr):
+    """Program i lists the i-th segment of every row that has one, rows in order, a row's segments together."""
+    segment = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    context = tl.load(context_lens + row, mask=row < num_rows, other=0)
+    length = segment_keys * tl.maximum(tl.cdiv(context, segment_keys * max_segments), 1)
+    count = tl.where(row < num_rows, tl.maximum(tl.cdiv(context, length), 1), 0)
+    place = segments + 1 + tl.cumsum(count, 0) - count + segment
+    listed = segment < count
+    tl.store(place, row, mask=listed)
+    tl.store(place + capacity, tl.full([ROWS], segment, tl.int32), mask=listed)
+    tl.store(place + 2 * capacity, count, mask=listed)
+    tl.store(place + 3 * capacity, segment * length, mask=listed)
+    tl.store(place + 4 * capacity, tl.minimum((segment + 1) * length, context), mask=listed)
+    if segment == 0:
+        tl.store(segments, tl.sum(count, 0))
+
+
+@triton.jit(do_not_specialize=["capacity", "max_segments", "kv_heads", "table_stride"])
+def _decode(
+    out,
+    query,
+    keys,
+    values,
+    block_tables,
+    segments,
+    maxima,
+    sums,
+    partials,
+    arrivals,
+    scale,
+    capacity,
+    max_segments,
+    kv_heads,
+    query_stride,
+    table_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """A program takes every num_programs-th task; task = place in the list * kv_heads + key/value head."""
+    member = tl.arange(0, QUERIES)
+    column = tl.arange(0, WIDTH)
+    tile_offset = member[:, None] * HEAD_DIM + column[None, :]
+    tile_mask = (member[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
+    num_tasks = tl.load(segments) * kv_heads
+    for task in range(tl.program_id(0), num_tasks, tl.num_programs(0)):
+        listed = segments + 1 + task // kv_heads
+        head = task % kv_heads
+        row = tl.load(listed)
+        segment = tl.load(listed + capacity)
+        count = tl.load(listed + 2 * capacity)
+        begin = tl.load(listed + 3 * capacity)
+        end = tl.load(listed + 4 * capacity)
+        queries = tl.load(query + row * query_stride + head * GROUP * HEAD_DIM + tile_offset, mask=tile_mask, other=0.0)
+        maximum = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+        table = block_tables + row * table_stride
+        block = block_of(table, begin, end, BLOCK_SIZE, TILE)
+        for start in range(begin, end, TILE):
+            visible = start + tl.arange(0, TILE) < end
+            slot = head * head_stride + slots_of(block, start, block_stride, slot_stride, BLOCK_SIZE, TILE)
+            cells = slot[:, None] + column[None, :]
+            block = block_of(table, start + TILE, end, BLOCK_SIZE, TILE)
+            key_tile = load_tile(keys, cells, visible, column, HEAD_DIM, WIDTH, WHOLE=False)
+            value_tile = load_tile(values, cells, visible, column, HEAD_DIM, WIDTH, WHOLE=False)
+            scores = tl.dot(queries, tl.trans(key_tile), input_precision="ieee")
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            maximum, total, acc = softmax_step(scores, value_tile, scale, maximum, total, acc)
+
+        target = row * kv_heads + head
+        if count == 1:
+            total = tl.where(total > 0, total, 1.0)
+            tl.store(out + target * GROUP * HEAD_DIM + tile_offset, acc / total[:, None], mask=tile_mask)
+        else:
+            part = (target * max_segments + segment) * GROUP
+            tl.store(maxima + part + member, maximum, mask=member < GROUP)
+            tl.store(sums + part + member, total, mask=member < GROUP)
+            tl.store(partials + part * HEAD_DIM + tile_offset, acc, mask=tile_mask)
+            # all threads' stores come before the one thread's release
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + target, 1, sem="acq_rel", scope="gpu")
+            if arrived == count - 1:
+                _merge(out, maxima, sums, partials, target, count, max_segments, GROUP, HEAD_DIM, WIDTH, PARTS, MERGED)
+                tl.store(arrivals + target, 0)
+
+
+@triton.jit
+def _merge(
+    out,
+    maxima,
+    sums,
+    partials,
+    target,
+    count,
+    max_segments,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """Output of the group `target` from its `count` partial results, MERGED of them at a time."""
+    MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)
+    member = tl.arange(0, MEMBERS)
+    column = tl.arange(0, WIDTH)
+    parts = target * max_segments + tl.arange(0, PARTS)
+    listed = (parts[:, None] < target * max_segments + count) & (member[None, :] < GROUP)
+    top = tl.load(maxima + parts[:, None] * GROUP + member[None, :], mask=listed, other=float("-inf"))
+    # padding of the group stays free of NaN
+    top = tl.where(member < GROUP, tl.max(top, 0), 0.0)
+    total = tl.zeros([MEMBERS], tl.float32)
+    acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
+    for first in range(0, count, MERGED):
+        part = first + tl.arange(0, MERGED)
+        place = (target * max_segments + part[:, None]) * GROUP + member[None, :]
+        present = (part[:, None] < count) & (member[None, :] < GROUP)
+        weight = tl.exp2(tl.load(maxima + place, mask=present, other=float("-inf")) - top[None, :])
+        total += tl.sum(weight * tl.load(sums + place, mask=present, other=0.0), 0)
+        cells = place[:, :, None] * HEAD_DIM + column[None, None, :]
+        readable = present[:, :, None] & (column[None, None, :] < HEAD_DIM)
+        acc += tl.sum(weight[:, :, None] * tl.load(partials + cells, mask=readable, other=0.0), 0)
+    written = (member[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
+    cells = (target * GROUP + member[:, None]) * HEAD_DIM + column[None, :]
+    tl.store(out + cells, acc / total[:, None], mask=written)

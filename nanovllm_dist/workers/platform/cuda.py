@@ -1,0 +1,145 @@
+"""NVIDIA GPUs: NCCL and symmetric memory between ranks, Triton kernels, CUDA graphs, pinned transfers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.workers.platform.base import DeviceSampler, Platform
+
+if TYPE_CHECKING:
+    import torch
+    from torch._C._distributed_c10d import Store
+
+    from nanovllm_dist.models.config import ModelConfig
+    from nanovllm_dist.models.layers.embedding import LMHead
+    from nanovllm_dist.models.layers.kernels import LayerKernels
+    from nanovllm_dist.models.parallel import Communicator
+    from nanovllm_dist.workers.transfers import Transfers
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# For what is not known before the first requests: graphs, their logits, matrix workspaces, NCCL's buffers
+_RESERVED_BYTES = 2**30
+
+
+class CudaPlatform(Platform):
+    """One GPU of this process."""
+
+    name = "cuda"
+    distributed_backend = "nccl"
+    ray_resource = "GPU"
+    visible_devices_env = "CUDA_VISIBLE_DEVICES"
+    default_dtype = "bfloat16"
+    default_block_size = 64
+    default_max_num_seqs = 512
+    default_max_num_batched_tokens = 8192
+    default_steps_in_flight = 2
+    cache_heads_first = True
+
+    @staticmethod
+    def is_present() -> bool:
+        """Whether the driver shows a GPU."""
+        return any(Path("/dev").glob("nvidia[0-9]*"))
+
+    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
+        """One thread for torch's own CPU work; no multicast, which some hosts' switches do not survive."""
+        threads = str(config.threads_per_worker or 1)
+        return {"OMP_NUM_THREADS": threads, "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
+
+    def open_device(self, device_index: int, config: EngineConfig) -> torch.device:
+        """Make the GPU current. Raises ConfigError when there is none of that index."""
+        import torch
+
+        count = torch.cuda.device_count()
+        if device_index >= count:
+            visible = os.environ.get(self.visible_devices_env, "all")
+            raise ConfigError(
+                f"GPU {device_index} was asked for and {count} are usable (CUDA_VISIBLE_DEVICES={visible}): lower "
+                "tensor_parallel_size, or look at nvidia-smi"
+            )
+        torch.cuda.set_device(device_index)
+        return torch.device("cuda", device_index)
+
+    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
+        """Join an NCCL group; sums go through symmetric memory where the host allows it."""
+        from nanovllm_dist.models.parallel import SingleRank
+
+        if store is None:
+            return SingleRank()
+        import torch
+        import torch.distributed as dist
+
+        from nanovllm_dist.workers.platform.symmetric_memory import open_communicator
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group(
+            "nccl", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT, device_id=device
+        )
+        return open_communicator(device)
+
+    def layer_kernels(
+        self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
+    ) -> LayerKernels:
+        """Triton's."""
+        from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
+
+        return TritonLayers(config, model, comm, dtype)
+
+    def transfers(self, config: EngineConfig) -> Transfers:
+        """Through pinned memory."""
+        from nanovllm_dist.workers.platform.cuda_transfers import PinnedTransfers
+
+        return PinnedTransfers(config.max_steps_in_flight)
+
+    def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler:
+        """Each rank looks at its own range of the vocabulary."""
+        from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
+
+        return ShardedSampler(comm, head)
+
+    def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        """CUDA graphs that share one pool of memory."""
+        import torch
+
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+        def record(run: Callable[[], None]) -> Callable[[], None]:
+            graph = torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+            return graph.replay
+
+        return record
+
+    def profile_tokens(self, config: EngineConfig) -> int:
+        """The whole budget: activations and cache share one memory."""
+        return config.max_num_batched_tokens
+
+    def cache_bytes(self, config: EngineConfig) -> int:
+        """`kv_cache_memory`, or what `memory_utilization` of the GPU leaves beside weights and the largest step."""
+        if config.kv_cache_memory:
+            return config.kv_cache_memory
+        import torch
+
+        torch.cuda.synchronize()
+        peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return int(total * config.memory_utilization) - (total - free) - (peak - kept) - _RESERVED_BYTES
+
+    def synchronize(self) -> None:
+        """Wait for the current device."""
+        import torch
+
+        torch.cuda.synchronize()

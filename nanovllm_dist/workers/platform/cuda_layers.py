@@ -1,0 +1,116 @@
+"""The operations of a decoder layer as Triton kernels: four launches between the matrix products of a decode."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.models.config import ModelConfig
+from nanovllm_dist.models.layers.attention_batch import AttentionBatch
+from nanovllm_dist.models.layers.norm import QueryKeyNorm
+from nanovllm_dist.models.layers.rotary import RotaryEmbedding
+from nanovllm_dist.models.parallel import Communicator
+from nanovllm_dist.models.partition import split_heads
+from nanovllm_dist.workers.kernels.activation import silu_mul
+from nanovllm_dist.workers.kernels.norm import add_rms_norm
+from nanovllm_dist.workers.kernels.paged_decode import DecodeWorkspace, decode_attention, default_config
+from nanovllm_dist.workers.kernels.paged_prefill import prefill_attention
+from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
+
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+class _Plan(NamedTuple):
+    positions: torch.Tensor
+    cos_table: torch.Tensor
+    sin_table: torch.Tensor
+
+
+class TritonLayers:
+    """LayerKernels of one rank; on the current device, for one stream. Raises ConfigError for other block sizes."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype) -> None:
+        if config.block_size not in _BLOCK_SIZES:
+            raise ConfigError(f"block_size={config.block_size}: on this device it is one of {_BLOCK_SIZES}")
+        device = torch.device("cuda", torch.cuda.current_device())
+        heads = split_heads(model.num_heads, model.num_kv_heads, comm.world_size, comm.rank)
+        self._scale = model.head_dim**-0.5
+        self._workspace = DecodeWorkspace(
+            config.max_num_seqs,
+            heads.num_heads,
+            heads.num_kv_heads,
+            model.head_dim,
+            config.max_model_len,
+            torch.cuda.get_device_properties(device).multi_processor_count,
+            default_config(dtype),
+            device,
+        )
+
+    def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> _Plan:
+        """The work list of the decode rows."""
+        if batch.num_decodes:
+            self._workspace.prepare(batch.context_lens[: batch.num_decodes])
+        return _Plan(positions, rotary.cos_table, rotary.sin_table)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        qk_norm: QueryKeyNorm | None,
+        layer: int,
+        batch: AttentionBatch,
+        plan: _Plan,
+    ) -> torch.Tensor:
+        """See LayerKernels."""
+        keys, values = batch.kv_caches[layer]
+        query = norm_rope_store(
+            qkv,
+            *plan,
+            None if qk_norm is None else qk_norm.weight,
+            0.0 if qk_norm is None else qk_norm.eps,
+            num_heads,
+            num_kv_heads,
+            keys.shape[-1],
+            batch.slot_mapping,
+            keys,
+            values,
+        )
+        output = torch.empty_like(query)
+        decodes, rows = batch.num_decodes, len(batch.context_lens)
+        if decodes:
+            decode_attention(
+                query[:decodes],
+                keys,
+                values,
+                batch.block_tables[:decodes],
+                batch.context_lens[:decodes],
+                self._scale,
+                self._workspace,
+                output[:decodes],
+            )
+        if rows > decodes:
+            prefill_attention(
+                query,
+                keys,
+                values,
+                batch.block_tables[decodes:],
+                batch.context_lens[decodes:],
+                batch.query_start[decodes:],
+                self._scale,
+                output,
+            )
+        return output.flatten(1)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See LayerKernels."""
+        return add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See LayerKernels."""
+        return silu_mul(gate_up)

@@ -1,0 +1,76 @@
+"""Uploads and downloads through pinned memory: the host goes on while they wait their turn on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, views
+
+# A step's row numbers take a few kilobytes; a step that lets whole prompts in, more
+_FIRST_BYTES = 2**16
+# A step makes at most this many uploads: deltas, inputs, and the places of rows that are sampled again
+_UPLOADS_PER_STEP = 3
+
+
+class PinnedTransfers:
+    """Transfers of the current device and stream, for `steps_in_flight` steps at a time."""
+
+    def __init__(self, steps_in_flight: int) -> None:
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._ring = [_Pinned() for _ in range(_UPLOADS_PER_STEP * (steps_in_flight + 1))]
+        self._next = 0
+
+    def upload(self, arrays: Sequence[Array], into: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """See Transfers."""
+        places = offsets(arrays)
+        pinned = self._ring[self._next]
+        self._next = (self._next + 1) % len(self._ring)
+        staging = pinned.claim(places[-1])
+        for start, array in zip(places, arrays, strict=False):
+            staging[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if into is None:
+            into = torch.empty(places[-1], dtype=torch.uint8, device=self._device)
+        into.copy_(pinned.bytes[: places[-1]], non_blocking=True)
+        pinned.used()
+        return views(into, arrays)
+
+    def download(self, tokens: torch.Tensor) -> HostCopy:
+        """See Transfers."""
+        return _Download(tokens)
+
+
+class _Pinned:
+    """A staging buffer that grows, and the event after which it may be written again."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(_FIRST_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._event = torch.cuda.Event()
+
+    def claim(self, size: int) -> np.ndarray:
+        """The buffer as bytes on the host, of at least `size`."""
+        self._event.synchronize()
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(2 * size, dtype=torch.uint8, pin_memory=True)
+        return self.bytes.numpy()
+
+    def used(self) -> None:
+        """A copy out of it is queued."""
+        self._event.record()
+
+
+class _Download:
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+    def tokens(self) -> list[int]:
+        self._event.synchronize()
+        return self._host.tolist()

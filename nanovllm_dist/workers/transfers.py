@@ -1,0 +1,96 @@
+"""How a step's numbers reach the device, and how its tokens come back, behind one interface.
+
+A step has one upload and one download. Neither waits for the device where the device can run ahead of the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[np.generic]
+
+_ALIGNMENT = 8
+
+
+class HostCopy(Protocol):
+    """Tokens on their way to the host."""
+
+    def done(self) -> bool:
+        """Whether they have arrived; does not wait."""
+        ...
+
+    def tokens(self) -> list[int]:
+        """The tokens; waits for them."""
+        ...
+
+
+class Transfers(Protocol):
+    """Of one device, used by one thread."""
+
+    def upload(self, arrays: Sequence[Array], into: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Device tensors of the same contents, shapes and dtypes, valid in the order of the device's work.
+
+        `into`: a uint8 tensor on the device, of `packed_size(arrays)` bytes, that holds them from then on; arrays
+        of the same shapes always land at the same places in it.
+        """
+        ...
+
+    def download(self, tokens: torch.Tensor) -> HostCopy:
+        """Start copying `tokens` [N] to the host."""
+        ...
+
+
+def offsets(arrays: Sequence[Array]) -> list[int]:
+    """Where each array begins when they are packed into bytes, and the end as the last entry."""
+    places = [0]
+    for array in arrays:
+        places.append(places[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
+    return places
+
+
+def packed_size(arrays: Sequence[Array]) -> int:
+    """Bytes that the arrays take when packed."""
+    return offsets(arrays)[-1]
+
+
+def views(packed: torch.Tensor, arrays: Sequence[Array]) -> list[torch.Tensor]:
+    """Typed tensors over `packed`, a uint8 tensor that holds arrays like these."""
+    typed = []
+    for start, array in zip(offsets(arrays), arrays, strict=False):
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        typed.append(packed[start : start + array.nbytes].view(dtype).view(array.shape))
+    return typed
+
+
+class _Arrived:
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def done(self) -> bool:
+        return True
+
+    def tokens(self) -> list[int]:
+        return self._tokens
+
+
+class DirectTransfers:
+    """For a device that works on the host's own memory."""
+
+    def upload(self, arrays: Sequence[Array], into: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """The arrays themselves, or copied `into` its memory."""
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        if into is None:
+            return tensors
+        held = views(into, arrays)
+        for target, tensor in zip(held, tensors, strict=True):
+            target.copy_(tensor)
+        return held
+
+    def download(self, tokens: torch.Tensor) -> HostCopy:
+        """They are there."""
+        return _Arrived(tokens.tolist())

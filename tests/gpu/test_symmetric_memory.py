@@ -1,0 +1,166 @@
+"""All-reduce through symmetric memory, on as many GPUs as there are (2 to 4), in real processes.
+
+One group of processes runs all checks, since its start takes most of the time; each test reads what came out of one.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanovllm_dist.models.parallel import GroupCommunicator
+from nanovllm_dist.workers.platform.symmetric_memory import (
+    ReductionLimits,
+    SymmetricCommunicator,
+    open_communicator,
+)
+
+LIMITS = ReductionLimits(one_shot=2**18, two_shot=2**23)
+HIDDEN = 5120
+# Rows by the way they take: one shot, two shots, NCCL
+ROWS = {"one shot": 4, "two shots": 200, "NCCL": 1000}
+BACK_TO_BACK = 1000
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found, in rank order."""
+    count = min(torch.cuda.device_count(), 4)
+    if count < 2:
+        pytest.skip("needs 2 GPUs")
+    directory = tmp_path_factory.mktemp("symmetric")
+    torch.multiprocessing.spawn(run_rank, (count, directory), nprocs=count)
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+def run_rank(rank: int, world_size: int, directory: Path) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = dist.FileStore(str(directory / "store"), world_size)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    comm = open_communicator(device, LIMITS)
+    found: dict[str, Any] = {"kind": type(comm).__name__}
+    if isinstance(comm, SymmetricCommunicator):
+        found["sums"] = {
+            f"{way}, {dtype}, {place}": check_sum(comm, rows, dtype, place == "buffer")
+            for way, rows in ROWS.items()
+            for dtype in (torch.bfloat16, torch.float32, torch.float16)
+            for place in ("buffer", "ordinary memory")
+        }
+        found["ways agree"] = check_ways_agree(comm, rank)
+        found["outlives"] = check_result_outlives_the_next_part(comm)
+        found["eager"] = {way: check_in_a_row(comm, rows, captured=False) for way, rows in ROWS.items()}
+        found["graph"] = {way: check_in_a_row(comm, rows, captured=True) for way, rows in ROWS.items()}
+    (directory / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def part_of(rank: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(rank)
+    return torch.randn(rows, HIDDEN, device="cuda", generator=generator).to(dtype)
+
+
+def check_sum(comm: GroupCommunicator, rows: int, dtype: torch.dtype, in_buffer: bool) -> dict[str, Any]:
+    """Error in terms of its bound, and a digest that is equal on all ranks if the sums are bit-equal."""
+    assert isinstance(comm, SymmetricCommunicator)
+    part = part_of(comm.rank, rows, dtype)
+    if in_buffer:
+        part = comm.reduce_buffer(rows, HIDDEN, dtype).copy_(part)
+    total = comm.all_reduce(part)
+    parts = torch.stack([part_of(rank, rows, dtype).double() for rank in range(comm.world_size)])
+    # each of the n - 1 additions rounds a partial sum by at most eps / 2
+    bound = (comm.world_size - 1) * torch.finfo(dtype).eps / 2 * parts.abs().sum(0) * 1.01 + 1e-30
+    worst = ((total.double() - parts.sum(0)).abs() / bound).max().item()
+    bits = total.contiguous().view(torch.int32).long()
+    weights = torch.arange(bits.numel(), device=bits.device).view_as(bits) % 1_000_003 + 1
+    return {"worst": worst, "digest": int((bits * weights).sum()), "shape": list(total.shape)}
+
+
+def check_ways_agree(comm: SymmetricCommunicator, rank: int) -> bool:
+    """The rows of a large sum are those of a small one, although they take two shots and one."""
+    large = comm.all_reduce(part_of(rank, 200, torch.bfloat16)).clone()
+    small = comm.all_reduce(part_of(rank, 200, torch.bfloat16)[:4].contiguous())
+    return torch.equal(large[:4], small)
+
+
+def check_result_outlives_the_next_part(comm: SymmetricCommunicator) -> bool:
+    """A two-shot result stays while the next part is written and summed."""
+    rows = ROWS["two shots"]
+    first = comm.all_reduce(comm.reduce_buffer(rows, HIDDEN, torch.bfloat16).fill_(1.0))
+    second = comm.all_reduce(comm.reduce_buffer(rows, HIDDEN, torch.bfloat16).fill_(2.0))
+    return bool((first == comm.world_size).all()) and bool((second == 2 * comm.world_size).all())
+
+
+def check_in_a_row(comm: SymmetricCommunicator, rows: int, captured: bool) -> int:
+    """How many of BACK_TO_BACK sums of changing values were wrong; ranks are delayed in turn, to get out of step.
+
+    Every value is a small integer, so that any stale or half-written part shows as an inequality.
+    """
+    step = torch.zeros((), device="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    columns = torch.arange(HIDDEN, device="cuda") % 7
+    world_size, per_graph = comm.world_size, 10
+
+    def one_sum(index: int) -> None:
+        if index % (2 * world_size) == 2 * comm.rank:
+            torch.cuda._sleep(20_000)
+        step.add_(1).remainder_(11)
+        part = comm.reduce_buffer(rows, HIDDEN, torch.bfloat16)
+        part.copy_((columns + step + comm.rank).expand(rows, HIDDEN))
+        total = comm.all_reduce(part)
+        expected = (columns + step) * world_size + world_size * (world_size - 1) // 2
+        wrong.add_((total != expected).any())
+
+    if not captured:
+        for index in range(BACK_TO_BACK):
+            one_sum(index)
+        return int(wrong.item())
+    one_sum(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(per_graph):
+            one_sum(index)
+    for _ in range(BACK_TO_BACK // per_graph):
+        graph.replay()
+    return int(wrong.item())
+
+
+def test_symmetric_memory_is_used(outcomes: list[dict[str, Any]]) -> None:
+    assert {outcome["kind"] for outcome in outcomes} == {"SymmetricCommunicator"}
+
+
+def test_a_sum_is_the_fp32_sum_within_rounding(outcomes: list[dict[str, Any]]) -> None:
+    worst = {name: max(outcome["sums"][name]["worst"] for outcome in outcomes) for name in outcomes[0]["sums"]}
+    assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {}
+
+
+def test_all_ranks_get_the_same_bits(outcomes: list[dict[str, Any]]) -> None:
+    for name in outcomes[0]["sums"]:
+        assert len({outcome["sums"][name]["digest"] for outcome in outcomes}) == 1, name
+
+
+def test_the_shape_stays(outcomes: list[dict[str, Any]]) -> None:
+    for name, result in outcomes[0]["sums"].items():
+        rows = next(count for way, count in ROWS.items() if name.startswith(way))
+        assert result["shape"] == [rows, HIDDEN]
+
+
+def test_one_shot_and_two_give_the_same_bits(outcomes: list[dict[str, Any]]) -> None:
+    assert all(outcome["ways agree"] for outcome in outcomes)
+
+
+def test_a_result_outlives_the_next_reduction(outcomes: list[dict[str, Any]]) -> None:
+    assert all(outcome["outlives"] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_thousand_reductions_in_a_row_do_not_race(outcomes: list[dict[str, Any]], mode: str) -> None:
+    assert [outcome[mode] for outcome in outcomes] == [dict.fromkeys(ROWS, 0)] * len(outcomes)
