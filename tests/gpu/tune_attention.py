@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from nanovllm_dist.workers.kernels import paged_decode, paged_prefill
-from nanovllm_dist.workers.kernels.paged_decode import DecodeConfig, DecodeWorkspace, decode_attention
-from nanovllm_dist.workers.kernels.paged_prefill import PrefillConfig, prefill_attention
+from nanovllm_dist.workers.kernels.attention_config import DecodeConfig, PrefillConfig
+from nanovllm_dist.workers.kernels.paged_decode import DecodeWorkspace, decode_attention
+from nanovllm_dist.workers.kernels.paged_prefill import prefill_attention
 
 DTYPE, DIM = torch.bfloat16, 128
 # Bytes that a round over the layers reads at least: twice an H200's second-level cache, and then some
@@ -58,7 +59,8 @@ DECODES = [
 ]
 PREFILLS = [Shape("16 x 1k prompts, 16/8 heads", 16, 600, 1400, 16, 8), Shape("1 x 8k, 16/8", 1, 8192, 8192, 16, 8)]
 DECODE_VARIANTS = [
-    paged_decode.default_config(DTYPE),
+    paged_decode.config_for(DTYPE, few_rows=False),
+    paged_decode.config_for(DTYPE, few_rows=True),
     DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=3, programs_per_processor=5),
     DecodeConfig(128, 16, tile=32, num_warps=2, num_stages=3, programs_per_processor=5),
     DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=4, programs_per_processor=4),

@@ -16,12 +16,11 @@ It knows nothing of requests or layers, and does not write the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm_dist.workers.kernels.attention_config import DecodeConfig
 from nanovllm_dist.workers.kernels.paged_tiles import LOG2E, block_of, check_layout, load_tile, slots_of, softmax_step
 
 # Rows of a tensor core's smallest tile: groups of fewer query heads are padded to it
@@ -31,31 +30,16 @@ _MERGE_ELEMENTS = 4096
 _FIELDS = 5  # of a listed segment: row, index in the row, segments of the row, first key, end
 
 
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the work is cut.
+def config_for(dtype: torch.dtype, *, few_rows: bool) -> DecodeConfig:
+    """The configuration for keys of this dtype on a Hopper GPU.
 
-    Attributes:
-        segment: keys of a segment in rows of at most segment * max_segments keys; a multiple of `tile`.
-        max_segments: most segments of a row; longer rows have segments of a multiple of `segment` keys.
-        tile: keys loaded at a time. One block-table entry serves a tile if it divides the block size.
-        num_warps, num_stages: of the kernel; num_stages - 1 tiles are being loaded while one is worked on.
-        programs_per_processor: programs that walk the list, per multiprocessor; what fits there at once.
+    An H100 reads 256 rows of about 1,000 keys (16 heads over 8) at 87% of its bandwidth with segments of 512, at 68%
+    with 128; one row of 512 keys takes 6.7 us with segments of 64 and 11.0 with 512.
     """
-
-    segment: int
-    max_segments: int
-    tile: int
-    num_warps: int
-    num_stages: int
-    programs_per_processor: int
-
-
-def default_config(dtype: torch.dtype) -> DecodeConfig:
-    """The configuration for keys of this dtype on a Hopper GPU."""
+    segment, max_segments = (64, 8) if few_rows else (512, 16)
     if dtype == torch.float32:
-        return DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=2, programs_per_processor=2)
-    return DecodeConfig(128, 16, tile=64, num_warps=4, num_stages=3, programs_per_processor=3)
+        return DecodeConfig(segment, max_segments, tile=32, num_warps=4, num_stages=2, programs_per_processor=2)
+    return DecodeConfig(segment, max_segments, tile=64, num_warps=4, num_stages=3, programs_per_processor=3)
 
 
 class DecodeWorkspace:

@@ -12,23 +12,12 @@ of requests or layers, and does not write the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from nanovllm_dist.workers.kernels.attention_config import PrefillConfig
 from nanovllm_dist.workers.kernels.paged_tiles import LOG2E, block_of, check_layout, load_tile, slots_of, softmax_step
-
-
-@dataclass(frozen=True)
-class PrefillConfig:
-    """Lines and keys of a tile, and the kernel's shape; see `DecodeConfig`. `queries` >= heads of a group."""
-
-    queries: int
-    tile: int
-    num_warps: int
-    num_stages: int
 
 
 def default_config(dtype: torch.dtype) -> PrefillConfig:

@@ -16,14 +16,17 @@ from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import split_heads
 from nanovllm_dist.workers.kernels.activation import silu_mul
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
-from nanovllm_dist.workers.kernels.paged_decode import DecodeWorkspace, decode_attention, default_config
+from nanovllm_dist.workers.kernels.paged_decode import DecodeWorkspace, config_for, decode_attention
 from nanovllm_dist.workers.kernels.paged_prefill import prefill_attention
 from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
 
+# So few rows leave processors idle unless their contexts are cut finely
+_FEW_ROWS = 4
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 class _Plan(NamedTuple):
+    workspace: DecodeWorkspace
     positions: torch.Tensor
     cos_table: torch.Tensor
     sin_table: torch.Tensor
@@ -38,22 +41,29 @@ class TritonLayers:
         device = torch.device("cuda", torch.cuda.current_device())
         heads = split_heads(model.num_heads, model.num_kv_heads, comm.world_size, comm.rank)
         self._scale = model.head_dim**-0.5
-        self._workspace = DecodeWorkspace(
-            config.max_num_seqs,
-            heads.num_heads,
-            heads.num_kv_heads,
-            model.head_dim,
-            config.max_model_len,
-            torch.cuda.get_device_properties(device).multi_processor_count,
-            default_config(dtype),
-            device,
-        )
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+        def workspace(max_rows: int, few_rows: bool) -> DecodeWorkspace:
+            return DecodeWorkspace(
+                max_rows,
+                heads.num_heads,
+                heads.num_kv_heads,
+                model.head_dim,
+                config.max_model_len,
+                processors,
+                config_for(dtype, few_rows=few_rows),
+                device,
+            )
+
+        self._few = workspace(_FEW_ROWS, few_rows=True)
+        self._many = workspace(config.max_num_seqs, few_rows=False)
 
     def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> _Plan:
         """The work list of the decode rows."""
+        workspace = self._few if batch.num_decodes <= _FEW_ROWS else self._many
         if batch.num_decodes:
-            self._workspace.prepare(batch.context_lens[: batch.num_decodes])
-        return _Plan(positions, rotary.cos_table, rotary.sin_table)
+            workspace.prepare(batch.context_lens[: batch.num_decodes])
+        return _Plan(workspace, positions, rotary.cos_table, rotary.sin_table)
 
     def attend(
         self,
@@ -69,7 +79,9 @@ class TritonLayers:
         keys, values = batch.kv_caches[layer]
         query = norm_rope_store(
             qkv,
-            *plan,
+            plan.positions,
+            plan.cos_table,
+            plan.sin_table,
             None if qk_norm is None else qk_norm.weight,
             0.0 if qk_norm is None else qk_norm.eps,
             num_heads,
@@ -89,7 +101,7 @@ class TritonLayers:
                 batch.block_tables[:decodes],
                 batch.context_lens[:decodes],
                 self._scale,
-                self._workspace,
+                plan.workspace,
                 output[:decodes],
             )
         if rows > decodes:
