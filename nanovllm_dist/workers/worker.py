@@ -38,6 +38,8 @@ log = logging.getLogger("worker")
 # The coordinator pings every second; this long without a word and it is gone
 _SILENCE_SECONDS = 60.0
 _PROGRESS_SECONDS = 0.1
+# How often a worker looks whether its step is done or the next one is here
+_LOOK_SECONDS = 2e-5
 
 
 class _LeaveError(Exception):
@@ -94,11 +96,19 @@ class Worker:
         """Start steps as they come; answer each when it is done, but start the next first if it is here."""
         running: deque[RunningStep] = deque()
         while True:
-            while running and (running[0].done() or not self._channel.waiting()):
-                self._send(running.popleft().result())
-            step = start(self._expect(wire.Step))
+            while running and not self._channel.waiting():
+                if running[0].done() or len(running) == self._spec.config.max_steps_in_flight:
+                    self._send(running.popleft().result())
+                else:
+                    time.sleep(_LOOK_SECONDS)
+            message = self._receive()
+            if isinstance(message, wire.Ping):
+                continue
+            step = start(self._require(wire.Step, message))
             if step is not None:
                 running.append(step)
+                if step.done():  # where nothing runs ahead of the host
+                    self._send(running.popleft().result())
 
     def _rendezvous(self) -> Store | None:
         """The store over which the ranks find each other; rank 0 serves it on a port of the system's choosing."""
@@ -118,17 +128,23 @@ class Worker:
 
     def _expect(self, kind: type[T]) -> T:
         """The next message of that kind; pings are passed over."""
-        while True:
-            frame = self._channel.receive(_SILENCE_SECONDS)
-            if frame is None:
-                raise EngineDeadError(f"the coordinator has been silent for {_SILENCE_SECONDS:.0f} s")
-            message = wire.decode_to_worker(frame)
-            if isinstance(message, kind):
-                return message
-            if isinstance(message, wire.Shutdown):
-                raise _LeaveError
-            if not isinstance(message, wire.Ping):
-                raise EngineDeadError(f"expected {kind.__name__}, got {type(message).__name__}")
+        while isinstance(message := self._receive(), wire.Ping):
+            pass
+        return self._require(kind, message)
+
+    def _receive(self) -> wire.ToWorker:
+        frame = self._channel.receive(_SILENCE_SECONDS)
+        if frame is None:
+            raise EngineDeadError(f"the coordinator has been silent for {_SILENCE_SECONDS:.0f} s")
+        return wire.decode_to_worker(frame)
+
+    @staticmethod
+    def _require(kind: type[T], message: wire.ToWorker) -> T:
+        if isinstance(message, kind):
+            return message
+        if isinstance(message, wire.Shutdown):
+            raise _LeaveError
+        raise EngineDeadError(f"expected {kind.__name__}, got {type(message).__name__}")
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()

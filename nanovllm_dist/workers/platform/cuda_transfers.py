@@ -9,8 +9,8 @@ import torch
 
 from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, views
 
-# A step's row numbers take a few kilobytes; a step that lets whole prompts in, more
-_FIRST_BYTES = 2**16
+# Enough for a step that lets 16,384 tokens of whole prompts in
+_FIRST_BYTES = 2**20
 # A step makes at most this many uploads: deltas, inputs, and the places of rows that are sampled again
 _UPLOADS_PER_STEP = 3
 
