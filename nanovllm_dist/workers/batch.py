@@ -7,6 +7,7 @@ are on the device, because a sampled token may feed the next step before any hos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,12 @@ class StepRows:
         return bool((self.counts == 1).all() and self.samples.all())
 
     @property
+    def shape(self) -> StepShape:
+        """Without padding."""
+        decodes = int((self.counts == 1).sum())
+        return StepShape(int(self.counts.sum()), decodes, len(self.counts) - decodes)
+
+    @property
     def sample_slots(self) -> Ints:
         """[S], slots of the rows that sample."""
         return self.slots[self.samples]
@@ -49,21 +56,12 @@ class StepRows:
         return self.ends[self.samples]
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """One step on the device. `T` tokens of `R` rows, of which `S` sample.
+class StepShape(NamedTuple):
+    """Room of a step's inputs: its tokens, rows of one token, and longer rows."""
 
-    `input_ids`, `positions`: [T] int64. `sample_index`: [S], where the logits of a sampling row come from among the
-    T tokens. `sample_slots`, `sample_positions`: [S]. `extra`: what else was uploaded with them.
-    """
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    attention: AttentionBatch
-    sample_index: torch.Tensor
-    sample_slots: torch.Tensor
-    sample_positions: torch.Tensor
-    extra: list[torch.Tensor]
+    tokens: int
+    decodes: int
+    prefills: int
 
 
 class Batch:
@@ -104,47 +102,60 @@ class Batch:
         self._num_tokens[rows.sample_slots] += 1
         return rows
 
-    def inputs(self, rows: StepRows, kv_caches: KVCache, extra: list[Array]) -> StepInputs:
-        """Inputs of a step of any shape; `extra` arrays travel in the same upload."""
-        query_start = np.zeros(len(rows.slots) + 1, dtype=np.int64)
-        np.cumsum(rows.counts, out=query_start[1:])
+    def step_arrays(self, rows: StepRows, shape: StepShape) -> list[Array]:
+        """A step in a `shape` that holds it, padded, for T tokens and R = decodes + prefills rows.
+
+        Of tokens [T] int64: slots, positions, cache slots; of rows: slots [R] int64, context lengths [R] int32, and
+        where their tokens begin, [R + 1] int32.
+        """
+        decodes, prefills = rows.shape[1:]
+        tokens = int(rows.counts.sum())
+        place = np.concatenate([np.arange(decodes), shape.decodes + np.arange(prefills)])
+        begin = np.cumsum(rows.counts) - rows.counts
         row_of_token = np.repeat(np.arange(len(rows.slots)), rows.counts)
-        positions = np.arange(query_start[-1]) - query_start[row_of_token] + rows.starts[row_of_token]
-        slot_of_token = rows.slots[row_of_token]
-        arrays = [
-            slot_of_token,
-            positions,
-            self._cache_slots(slot_of_token, positions),
-            rows.slots,
-            rows.ends.astype(np.int32),
-            query_start.astype(np.int32),
-            query_start[1:][rows.samples] - 1,
-            rows.sample_slots,
-            rows.sample_positions,
-        ]
-        on_device = self._transfers.upload([*arrays, *extra])
-        token_slots, device_positions, slot_mapping, slots, context_lens, starts = on_device[:6]
-        sample_index, sample_slots, sample_positions = on_device[6:9]
+        token_slots = np.full(shape.tokens, self.padding_slot, dtype=np.int64)
+        positions = np.zeros(shape.tokens, dtype=np.int64)
+        token_slots[:tokens] = rows.slots[row_of_token]
+        positions[:tokens] = np.arange(tokens) + (rows.starts - begin)[row_of_token]
+        slots = np.full(shape.decodes + shape.prefills, self.padding_slot, dtype=np.int64)
+        context_lens = np.zeros(len(slots), dtype=np.int32)
+        query_start = np.full(len(slots) + 1, tokens, dtype=np.int32)
+        slots[place], context_lens[place], query_start[place] = rows.slots, rows.ends, begin
+        cache_slots = self._cache_slots(token_slots, positions)
+        return [token_slots, positions, cache_slots, slots, context_lens, query_start]
+
+    def attention(self, inputs: list[torch.Tensor], shape: StepShape, kv_caches: KVCache) -> AttentionBatch:
+        """What the model needs of `step_arrays` on the device, without anything on the host."""
+        _token_slots, _positions, cache_slots, slots, context_lens, query_start = inputs
+        return AttentionBatch(
+            slot_mapping=cache_slots,
+            block_tables=self.block_tables.index_select(0, slots),
+            context_lens=context_lens,
+            query_start=query_start,
+            num_decodes=shape.decodes,
+            host_query_lens=[],
+            host_context_lens=[],
+            kv_caches=kv_caches,
+        )
+
+    def host_attention(self, inputs: list[torch.Tensor], rows: StepRows, kv_caches: KVCache) -> AttentionBatch:
+        """The same of a step without padding, with its lengths on the host and tables no wider than they need be."""
+        _token_slots, _positions, cache_slots, slots, context_lens, query_start = inputs
         blocks = -(-int(rows.ends.max()) // self.block_size)
-        attention = AttentionBatch(
-            slot_mapping=slot_mapping,
+        return AttentionBatch(
+            slot_mapping=cache_slots,
             block_tables=self.block_tables[:, :blocks].index_select(0, slots),
             context_lens=context_lens,
-            query_start=starts,
-            num_decodes=int((rows.counts == 1).sum()),
+            query_start=query_start,
+            num_decodes=rows.shape.decodes,
             host_query_lens=rows.counts.tolist(),
             host_context_lens=rows.ends.tolist(),
             kv_caches=kv_caches,
         )
-        return StepInputs(
-            input_ids=self.token_ids[token_slots, device_positions].long(),
-            positions=device_positions,
-            attention=attention,
-            sample_index=sample_index,
-            sample_slots=sample_slots,
-            sample_positions=sample_positions,
-            extra=on_device[9:],
-        )
+
+    def input_ids(self, token_slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] int64 at these slots and positions."""
+        return self.token_ids[token_slots, positions].long()
 
     def decode_arrays(self, rows: StepRows, size: int) -> list[Array]:
         """A step of decodes as `size` rows, padded: slots, positions, cache slots (int64), context lengths (int32)."""

@@ -1,100 +1,102 @@
-"""Decode steps as device graphs: one per batch size, from embedding to sampled token, recorded when first needed.
+"""Steps as device graphs: each shape is recorded when it first comes up, and replayed from then on.
 
-A step of R rows runs in the smallest size that holds it; the rest is padding. Sizes come up in the same order on
-every rank, because all ranks run the same steps. What a device's graph is, and what a step computes, is unknown here.
+Shapes come up in the same order on every rank, because all ranks run the same steps. What a device's graph is, and
+what a step computes, is unknown here.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from nanovllm_dist.workers.batch import StepShape
 from nanovllm_dist.workers.transfers import Array, Transfers, packed_size, views
 
+T = TypeVar("T")
 # Replays a recorded run of work on the device
 Replay = Callable[[], None]
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-_STEP = 64
-
-
-@dataclass(frozen=True)
-class DecodeInputs:
-    """`size` rows on the device, each [size]: int64 `slots`, `positions`, `cache_slots`; int32 `context_lens`;
-    float32 `inv_temperature` (0: greedy); float64 `uniforms`."""
-
-    slots: torch.Tensor
-    positions: torch.Tensor
-    cache_slots: torch.Tensor
-    context_lens: torch.Tensor
-    inv_temperature: torch.Tensor
-    uniforms: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DecodeOutputs:
-    """int64 `tokens` [size], and `logits` [size, columns] of this rank; overwritten by the next run of any size."""
-
-    tokens: torch.Tensor
-    logits: torch.Tensor
+_DECODE_STEP = 64
+_SMALLEST_CHUNK = 64
+# A step of `t` tokens may have this share of them as prefill rows, and always a few
+_TOKENS_PER_PREFILL = 32
+_FEW_PREFILLS = 8
 
 
 @dataclass(frozen=True)
 class _Recorded:
     packed: torch.Tensor
-    outputs: DecodeOutputs
+    outputs: Any
     replay: Replay
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Small sizes close together, then every 64th, and always `max_num_seqs` itself."""
-    sizes = [*_SMALL_SIZES, *range(_SMALL_SIZES[-1] + _STEP, max_num_seqs, _STEP)]
-    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
-
-
-class DecodeGraphs:
-    """Runs decode steps by replay.
+class Graphs:
+    """Recorded runs by key.
 
     Args:
-        decode: the step on the device, without waiting for it or depending on the data's values.
-        record: the platform's recorder: runs the function once while recording it, and returns what replays it.
+        record: the platform's recorder: records what the function queues, without running it; returns what replays it.
     """
 
     def __init__(
-        self,
-        sizes: Sequence[int],
-        decode: Callable[[DecodeInputs], DecodeOutputs],
-        record: Callable[[Callable[[], None]], Replay],
-        transfers: Transfers,
-        device: torch.device,
+        self, record: Callable[[Callable[[], None]], Replay], transfers: Transfers, device: torch.device
     ) -> None:
-        self._sizes = sorted(sizes)
-        self._decode = decode
         self._record = record
         self._transfers = transfers
         self._device = device
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[Hashable, _Recorded] = {}
 
-    def size_of(self, num_rows: int) -> int:
-        """The smallest size that holds `num_rows`, at most the largest size."""
-        return self._sizes[bisect_left(self._sizes, num_rows)]
+    def run(self, key: Hashable, arrays: Sequence[Array], body: Callable[[list[torch.Tensor]], T]) -> T:
+        """`body` of the arrays on the device: recorded the first time, replayed each time.
 
-    def run(self, arrays: Sequence[Array]) -> DecodeOutputs:
-        """One step; `arrays` are the fields of DecodeInputs on the host, each of one of the sizes."""
-        size = len(arrays[0])
-        recorded = self._recorded.get(size)
+        For one key, arrays have the same shapes and dtypes and `body` queues the same work; it must not wait for the
+        device or depend on values there. What it returns is overwritten by the next run of any key.
+        """
+        recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._recorded[size] = self._new(arrays)
+            recorded = self._recorded[key] = self._new(arrays, body)
         self._transfers.upload(arrays, into=recorded.packed)
         recorded.replay()
-        return recorded.outputs
+        outputs: T = recorded.outputs
+        return outputs
 
-    def _new(self, arrays: Sequence[Array]) -> _Recorded:
-        # recording does not run anything, and a step has effects (cache, counters): the first run is a replay too
+    def _new(self, arrays: Sequence[Array], body: Callable[[list[torch.Tensor]], T]) -> _Recorded:
         packed = torch.zeros(packed_size(arrays), dtype=torch.uint8, device=self._device)
-        inputs = DecodeInputs(*views(packed, arrays))
-        outputs: list[DecodeOutputs] = []
-        replay = self._record(lambda: outputs.append(self._decode(inputs)))
+        inputs = views(packed, arrays)
+        outputs: list[T] = []
+        replay = self._record(lambda: outputs.append(body(inputs)))
         return _Recorded(packed, outputs[-1], replay)
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Rows of decode graphs: small sizes close together, then every 64th, and always `max_num_seqs` itself."""
+    sizes = [*_SMALL_SIZES, *range(_SMALL_SIZES[-1] + _DECODE_STEP, max_num_seqs, _DECODE_STEP)]
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+
+
+def decode_size(sizes: Sequence[int], num_rows: int) -> int:
+    """The smallest of the rising `sizes` that holds `num_rows`, at most the last."""
+    return sizes[bisect_left(sizes, num_rows)]
+
+
+def chunk_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
+    """Shapes of steps with prefill in them, in rising order: each at most half as long again as the one before."""
+    tokens, sizes = _SMALLEST_CHUNK, []
+    while tokens < max_num_batched_tokens:
+        sizes += [tokens, tokens + tokens // 2]
+        tokens *= 2
+    sizes = [*(size for size in sizes if size < max_num_batched_tokens), max_num_batched_tokens]
+    return [
+        StepShape(size, min(size, max_num_seqs), min(max_num_seqs, max(_FEW_PREFILLS, size // _TOKENS_PER_PREFILL)))
+        for size in sizes
+    ]
+
+
+def chunk_shape(shapes: Sequence[StepShape], needed: StepShape) -> StepShape | None:
+    """The first of the rising `shapes` that holds `needed`, or None."""
+    return next(
+        (shape for shape in shapes if all(size >= least for size, least in zip(shape, needed, strict=True))), None
+    )

@@ -21,8 +21,8 @@ from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.registry import build_model
 from nanovllm_dist.wire.messages import NewRow, Step, StepResult, TokenLogprobs, pack_ints, unpack_ints
 from nanovllm_dist.workers import kv_cache
-from nanovllm_dist.workers.batch import Batch, StepRows
-from nanovllm_dist.workers.graphs import DecodeGraphs, DecodeInputs, DecodeOutputs, graph_sizes
+from nanovllm_dist.workers.batch import Batch, StepRows, StepShape
+from nanovllm_dist.workers.graphs import Graphs, chunk_shape, chunk_shapes, decode_size, decode_sizes
 from nanovllm_dist.workers.logprobs import prompt_logprobs
 from nanovllm_dist.workers.platform.base import Platform
 from nanovllm_dist.workers.profile_steps import profile_steps
@@ -92,7 +92,9 @@ class ModelRunner:
         self._table = SamplingTable(config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids, device)
         self._sampler = Sampler(self._table)
         self._device_sampler = platform.device_sampler(comm, self.model.lm_head)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: Graphs | None = None
+        self._sizes = decode_sizes(config.max_num_seqs)
+        self._shapes = chunk_shapes(config.max_num_batched_tokens, config.max_num_seqs)
         self._logits = torch.empty(0)
         self._kv_caches: kv_cache.KVCache = []
 
@@ -115,15 +117,14 @@ class ModelRunner:
         return kv_cache.blocks_that_fit(self._platform.cache_bytes(config), self._block_bytes(), most_useful)
 
     def allocate(self, num_blocks: int) -> None:
-        """Allocate the KV cache; from here on decodes may be recorded."""
+        """Allocate the KV cache; from here on steps may be recorded."""
         self._kv_caches = self._new_cache(num_blocks)
         record = None if self.config.enforce_eager else self._platform.recorder()
         if record is not None and self._device_sampler is not None:
             # one place for the logits of all graphs, which would else each keep their own
             rows, columns = self.config.max_num_seqs, self.model.lm_head.columns
             self._logits = torch.empty(rows, columns, dtype=self.dtype, device=self._device)
-            sizes = graph_sizes(rows)
-            self._graphs = DecodeGraphs(sizes, self._decode, record, self._transfers, self._device)
+            self._graphs = Graphs(record, self._transfers, self._device)
 
     @torch.inference_mode()
     def start(self, step: Step) -> RunningStep | None:
@@ -150,52 +151,66 @@ class ModelRunner:
     def _run(
         self, rows: StepRows
     ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]], list[tuple[int, int, list[TokenLogprobs]]]]:
-        """A step of any shape, launched operation by operation."""
-        inputs = self._batch.inputs(rows, self._kv_caches, self._draws(rows, len(rows.sample_slots)))
-        hidden = self.model.forward(inputs.input_ids, inputs.positions, inputs.attention)
+        """A step of any shape: the model by graph where there is one that holds it, the rest by operation."""
+        shape = None if self._graphs is None else chunk_shape(self._shapes, rows.shape)
+        if self._graphs is None or shape is None:
+            inputs = self._transfers.upload(self._batch.step_arrays(rows, rows.shape))
+            hidden = self._forward(inputs, self._batch.host_attention(inputs, rows, self._kv_caches))
+        else:
+            arrays = self._batch.step_arrays(rows, shape)
+            hidden = self._graphs.run(shape, arrays, lambda inputs: self._chunk(inputs, shape))
         prompt = [self._prompt_logprobs(hidden, *wanted) for wanted in self._batch.prompt_rows(rows)]
         if not len(rows.sample_slots):
             return torch.empty(0, dtype=torch.int64, device=self._device), [], prompt
-        logits = self.model.lm_head(hidden[inputs.sample_index])
-        if self._device_sampler is None or self._table.any_special(rows.sample_slots, rows.sample_positions):
-            tokens, logprobs = self._sample_on_rank_0(logits, rows)
-        else:
-            tokens, logprobs = self._device_sampler.sample(logits, *inputs.extra), []
-        self._batch.append(inputs.sample_slots, inputs.sample_positions, tokens)
+        tokens, logprobs = self._sample(hidden, rows)
         return tokens, logprobs, prompt
 
-    def _replay(self, rows: StepRows, graphs: DecodeGraphs) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+    def _chunk(self, inputs: list[torch.Tensor], shape: StepShape) -> torch.Tensor:
+        """What the graph of a step with prefill in it records."""
+        return self._forward(inputs, self._batch.attention(inputs, shape, self._kv_caches))
+
+    def _forward(self, inputs: list[torch.Tensor], attention: AttentionBatch) -> torch.Tensor:
+        token_slots, positions = inputs[:2]
+        return self.model.forward(self._batch.input_ids(token_slots, positions), positions, attention)
+
+    def _sample(self, hidden: torch.Tensor, rows: StepRows) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+        slots, positions = rows.sample_slots, rows.sample_positions
+        last_tokens = np.cumsum(rows.counts)[rows.samples] - 1
+        arrays = [last_tokens, slots, positions, *self._draws(rows, len(slots))]
+        index, device_slots, device_positions, *draws = self._transfers.upload(arrays)
+        logits = self.model.lm_head(hidden[index])
+        if self._device_sampler is None or self._table.any_special(slots, positions):
+            tokens, logprobs = self._sample_on_rank_0(logits, rows)
+        else:
+            tokens, logprobs = self._device_sampler.sample(logits, *draws), []
+        self._batch.append(device_slots, device_positions, tokens)
+        return tokens, logprobs
+
+    def _replay(self, rows: StepRows, graphs: Graphs) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
         """A step of decodes alone, by graph; rows that want more than a plain draw are sampled again after it."""
         count = len(rows.slots)
-        size = graphs.size_of(count)
-        outputs = graphs.run([*self._batch.decode_arrays(rows, size), *self._draws(rows, size)])
+        size = decode_size(self._sizes, count)
+        arrays = [*self._batch.decode_arrays(rows, size), *self._draws(rows, size)]
+        sampled, logits = graphs.run(size, arrays, self._decode)
         if not self._table.any_special(rows.slots, rows.ends):
-            return outputs.tokens[:count], []
-        tokens, logprobs = self._sample_on_rank_0(outputs.logits[:count], rows)
+            return sampled[:count], []
+        tokens, logprobs = self._sample_on_rank_0(logits[:count], rows)
         slots, positions = self._transfers.upload([rows.slots, rows.ends])
         self._batch.append(slots, positions, tokens)
         return tokens, logprobs
 
-    def _decode(self, inputs: DecodeInputs) -> DecodeOutputs:
-        """What a decode graph records."""
+    def _decode(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a decode graph records: (tokens int64 [size], this rank's logits [size, columns])."""
         assert self._device_sampler is not None
-        size = len(inputs.slots)
-        attention = AttentionBatch(
-            slot_mapping=inputs.cache_slots,
-            block_tables=self._batch.block_tables.index_select(0, inputs.slots),
-            context_lens=inputs.context_lens,
-            query_start=torch.arange(size + 1, dtype=torch.int32, device=self._device),
-            num_decodes=size,
-            host_query_lens=[],
-            host_context_lens=[],
-            kv_caches=self._kv_caches,
-        )
-        input_ids = self._batch.token_ids[inputs.slots, inputs.positions].long()
-        hidden = self.model.forward(input_ids, inputs.positions, attention)
+        slots, positions, cache_slots, context_lens, inv_temperature, uniforms = inputs
+        size = len(slots)
+        query_start = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        rows = [slots, positions, cache_slots, slots, context_lens, query_start]
+        hidden = self._chunk(rows, StepShape(size, size, 0))
         logits = self.model.lm_head(hidden, out=self._logits[:size])
-        tokens = self._device_sampler.sample(logits, inputs.inv_temperature, inputs.uniforms)
-        self._batch.append(inputs.slots, inputs.positions + 1, tokens)
-        return DecodeOutputs(tokens, logits)
+        tokens = self._device_sampler.sample(logits, inv_temperature, uniforms)
+        self._batch.append(slots, positions + 1, tokens)
+        return tokens, logits
 
     def _draws(self, rows: StepRows, size: int) -> list[Array]:
         """float32 inverse temperatures and float64 uniforms of the sampling rows, padded to `size`."""

@@ -1,4 +1,5 @@
-"""The steps that a worker runs before it measures its memory: a prefill as large as the budget, then decodes.
+"""The steps that a worker runs before it measures its memory: a prefill as large as the budget, then decodes
+of many rows and of one.
 
 They go through everything a real step goes through, so what is compiled or allocated at first use is there when the
 first request comes. The rows share their blocks: what comes out means nothing.
@@ -17,8 +18,8 @@ def profile_steps(config: EngineConfig, num_tokens: int) -> tuple[list[Step], in
     There are as many rows as may sample at once, of equal length, as long as each has two tokens to run.
     """
     rows = max(1, min(config.max_num_seqs, num_tokens // 2))
-    length = max(1, min(num_tokens // rows, config.max_model_len - 1))
-    num_blocks = -(-(length + 1) // config.block_size)
+    length = max(1, min(num_tokens // rows, config.max_model_len - 2))
+    num_blocks = -(-(length + 2) // config.block_size)
     slots = list(range(rows))
     new_rows = [
         NewRow(
@@ -35,5 +36,5 @@ def profile_steps(config: EngineConfig, num_tokens: int) -> tuple[list[Step], in
         for slot in slots
     ]
     prefill = Step(-1, -2, pack_ints(slots), pack_ints([length] * rows), b"", b"", new_rows)
-    decode = Step(-1, -1, pack_ints(slots), pack_ints([1] * rows), b"", b"", [])
-    return [prefill, decode], num_blocks + 1
+    decodes = [Step(-1, -1, pack_ints(slots[:count]), pack_ints([1] * count), b"", b"", []) for count in (rows, 1)]
+    return [prefill, *decodes], num_blocks + 1

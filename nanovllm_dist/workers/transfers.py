@@ -1,6 +1,6 @@
 """How a step's numbers reach the device, and how its tokens come back, behind one interface.
 
-A step has one upload and one download. Neither waits for the device where the device can run ahead of the host.
+A step has a few uploads and one download. None waits for the device where the device can run ahead of the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 Array = npt.NDArray[np.generic]
 
-_ALIGNMENT = 8
+# Kernels are compiled for pointers that are multiples of 16, or once more for others
+_ALIGNMENT = 16
 
 
 class HostCopy(Protocol):

@@ -42,6 +42,12 @@ class ThreadCommunicator:
         self.rank = rank
         self.world_size = group.world_size
 
+    def reduce_buffer(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(tensor))
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._exchange(tensor)).sum(0)
 

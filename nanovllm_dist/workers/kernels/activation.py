@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 
 # Features of a program, and its warps: 8 features of two bytes in a thread are one wide load each of gate and rest
 BLOCK = 1024
@@ -32,12 +35,23 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     output = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if output.numel():
         grid = (rows, triton.cdiv(size, BLOCK))
-        _silu_mul_kernel[grid](gate_up, output, gate_up.stride(0), size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        _silu_mul_kernel[grid](
+            gate_up,
+            output,
+            gate_up.stride(0),
+            size,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            **launch_options(gate_up.device),
+        )
     return output
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, output_ptr, row_stride, size, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, output_ptr, row_stride, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 
 # Elements of a row that a thread holds, unless that needs more than 16 warps; 8 of two bytes are one wide load
 ELEMENTS_PER_THREAD = 8
@@ -50,19 +53,33 @@ def add_rms_norm(
         SIZE=size,
         BLOCK=block,
         num_warps=min(max(block // (32 * ELEMENTS_PER_THREAD), 1), 16),
+        **launch_options(x.device),
     )
     return normed, total
 
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, x_stride, residual_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    x_stride,
+    residual_stride,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
     # Asked for first: it does not depend on the statistics, so its latency hides behind them
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    if DEPENDENT:
+        gdc_wait()
     total = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     dtype = total.dtype
     if residual_ptr is not None:

@@ -82,7 +82,11 @@ def prefill_attention(
     return out
 
 
-@triton.jit(do_not_specialize=["num_rows", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_rows", "table_stride"],
+    # the rows behind the decodes begin anywhere in these
+    do_not_specialize_on_alignment=["block_tables", "context_lens", "query_start"],
+)
 def _prefill(
     out,
     query,

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 
 HEADS_PER_PROGRAM = 8
 # Of each half of a head, in a thread: as many as make a wide load of the fp32 tables. With another count, tables and
@@ -85,6 +88,7 @@ def norm_rope_store(
         BLOCK_SIZE=keys.shape[1],
         HEADS=HEADS_PER_PROGRAM,
         num_warps=max(HEADS_PER_PROGRAM * padded_half // (32 * ELEMENTS_PER_THREAD), 1),
+        **launch_options(qkv.device),
     )
     return out
 
@@ -148,7 +152,11 @@ def _norm_rope_store_kernel(
     PADDED_HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, PADDED_HALF)[None, :]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nanovllm_dist.workers.transfers import Transfers
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# For what is not known before the first requests: graphs, their logits, matrix workspaces, NCCL's buffers
+# For what is not known before the first requests: graphs themselves, matrix workspaces, NCCL's buffers
 _RESERVED_BYTES = 2**30
 
 
@@ -127,7 +127,10 @@ class CudaPlatform(Platform):
         return config.max_num_batched_tokens
 
     def cache_bytes(self, config: EngineConfig) -> int:
-        """`kv_cache_memory`, or what `memory_utilization` of the GPU leaves beside weights and the largest step."""
+        """`kv_cache_memory`, or what `memory_utilization` of the GPU leaves beside weights and the largest step.
+
+        That step is counted twice: once for graphs, whose memory is a pool of their own.
+        """
         if config.kv_cache_memory:
             return config.kv_cache_memory
         import torch
@@ -136,7 +139,7 @@ class CudaPlatform(Platform):
         peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        return int(total * config.memory_utilization) - (total - free) - (peak - kept) - _RESERVED_BYTES
+        return int(total * config.memory_utilization) - (total - free) - 2 * (peak - kept) - _RESERVED_BYTES
 
     def synchronize(self) -> None:
         """Wait for the current device."""

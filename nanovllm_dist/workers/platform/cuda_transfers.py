@@ -11,7 +11,7 @@ from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, views
 
 # Enough for a step that lets 16,384 tokens of whole prompts in
 _FIRST_BYTES = 2**20
-# A step makes at most this many uploads: deltas, inputs, and the places of rows that are sampled again
+# A step makes at most this many uploads: deltas, inputs, and what sampling needs
 _UPLOADS_PER_STEP = 3
 
 

@@ -1,0 +1,87 @@
+"""Small random checkpoints in fp32, with a tokenizer, and what transformers makes of a text.
+
+Their weights are drawn so that the next token depends on far-away tokens too, and so that nearly all probability is
+on more than one token: a wrong key or a wrong row changes what is generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+VOCAB = 1003  # no multiple of anything: ranks and kernels get uneven parts
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 1024,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
+def _heads(num_heads: int, num_kv_heads: int) -> dict[str, int]:
+    return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
+
+
+# Groups of three, one and two query heads; heads of 64, 80 and 128
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**_SHAPE, **_heads(9, 3), hidden_size=288, intermediate_size=416, head_dim=64),
+    "qwen2": Qwen2Config(**_SHAPE, **_heads(4, 4), hidden_size=320, intermediate_size=480),
+    "qwen3": Qwen3Config(
+        **_SHAPE, **_heads(4, 2), hidden_size=256, intermediate_size=512, head_dim=128, tie_word_embeddings=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that an engine can serve, and the same model in transformers, on the CPU."""
+
+    directory: Path
+    reference: PreTrainedModel
+
+    def choices(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each position, transformers' likeliest next token, and by how much its logit leads; both [len]."""
+        with torch.inference_mode():
+            best = self.reference(torch.tensor([tokens])).logits[0].topk(2)
+        return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
+
+
+def make_checkpoint(name: str, directory: Path) -> Checkpoint:
+    """The random model of `CONFIGS[name]`: always the same weights, whatever transformers initialises with."""
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in sorted(model.named_parameters()):
+            mean, spread = _distribution(key, parameter, CONFIGS[name].tie_word_embeddings)
+            parameter.copy_(mean + spread * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    backend = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(directory / "tokenizer.json"))
+    return Checkpoint(directory, model)
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    """`count` token ids, the same on every machine."""
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _distribution(key: str, parameter: torch.Tensor, tied: bool) -> tuple[float, float]:
+    """(mean, standard deviation) of a parameter's values."""
+    if key.endswith(("q_norm.weight", "k_norm.weight")):
+        return 1.6, 0.3
+    if key.endswith("norm.weight"):
+        return 1.0, 0.2
+    if key.endswith("bias"):
+        return 0.0, 0.3
+    if "embed_tokens" in key:  # a tied one that is not small would repeat the token it has just read
+        return 0.0, 0.12 if tied else 1.0
+    gain = 1.6 if key.endswith(("q_proj.weight", "k_proj.weight")) else 3.0 if "lm_head" in key else 1.0
+    return 0.0, gain * parameter.shape[1] ** -0.5
