@@ -87,11 +87,12 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         kernels = platform.layer_kernels(config, model_config, comm, self.dtype)
         self.model = build_model(model_config, comm, kernels, self.dtype, device)
+        self._device_sampler = platform.device_sampler(comm, self.model.lm_head)
+        self._compiled = platform.compile_kernels(config, model_config, self.model, kernels, self._device_sampler)
         self._transfers = platform.transfers(config)
         self._batch = Batch(config.max_num_seqs, config.max_model_len, config.block_size, self._transfers, device)
         self._table = SamplingTable(config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids, device)
         self._sampler = Sampler(self._table)
-        self._device_sampler = platform.device_sampler(comm, self.model.lm_head)
         self._graphs: Graphs | None = None
         self._sizes = decode_sizes(config.max_num_seqs)
         self._shapes = chunk_shapes(config.max_num_batched_tokens, config.max_num_seqs)
@@ -109,6 +110,7 @@ class ModelRunner:
     def measure_blocks(self) -> int:
         """How many cache blocks this rank can hold, found after steps that take what activations take."""
         config = self.config
+        self._compiled()
         self._profile()
         # rows of the longest length fill this many blocks; more could never be used
         most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size) + 1

@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.workers.sampling_random import uniform
+
 VOCAB = 1003  # no multiple of anything: ranks and kernels get uneven parts
+# In fp32, sums in another order move logits of about 3 by some 1e-5, and the edges between the tokens' shares of [0, 1)
+# by some 1e-6: what is nearer to another token than this has no right answer
+NEAR_LOGIT = 2e-4
+NEAR_EDGE = 5e-6
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -46,11 +54,34 @@ class Checkpoint:
     directory: Path
     reference: PreTrainedModel
 
-    def choices(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each position, transformers' likeliest next token, and by how much its logit leads; both [len]."""
+    def text(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], bool]:
+        """The `max_tokens` tokens that follow `prompt`, and whether each was far from being another one.
+
+        Greedy, or drawn with the engine's uniforms of (seed, position) from the plain distribution, in float64.
+        """
+        tokens: list[int] = []
+        clear, past, new = True, None, prompt
         with torch.inference_mode():
-            best = self.reference(torch.tensor([tokens])).logits[0].topk(2)
-        return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
+            for position in range(len(prompt), len(prompt) + params.max_tokens):
+                output = self.reference(torch.tensor([new]), past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                token, is_clear = _choose(output.logits[0, -1].double(), params, position)
+                tokens, new, clear = [*tokens, token], [token], clear and is_clear
+        return tokens, clear
+
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """Log-probabilities [len(tokens), vocabulary] of what follows each token."""
+        with torch.inference_mode():
+            return torch.log_softmax(self.reference(torch.tensor([tokens])).logits[0], -1)
+
+
+def _choose(logits: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, bool]:
+    if params.greedy:
+        best = logits.topk(2)
+        return int(best.indices[0]), bool(best.values[0] - best.values[1] > NEAR_LOGIT)
+    edges = torch.softmax(logits / params.temperature, -1).cumsum(0)
+    [number] = uniform(np.array([params.seed], dtype=np.uint64), np.array([position]))
+    return int((edges <= number).sum()), bool((edges - number).abs().min() > NEAR_EDGE)
 
 
 def make_checkpoint(name: str, directory: Path) -> Checkpoint:

@@ -6,8 +6,9 @@ Real processes and small random checkpoints. One engine per model serves most of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import pytest
 import torch
@@ -20,8 +21,6 @@ Request = tuple[list[int], SamplingParams]
 DEVICE = "cuda"
 TOKENS = 24
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 63, 64, 65, 100, 127, 128, 129, 200, 255, 257, 333, 448, 511, 513, 600)
-# What rounding of fp32 can do to logits of about 3 is a thousand times less
-NEAR_TIE = 1e-4
 
 
 def greedy(**fields: object) -> SamplingParams:
@@ -33,11 +32,32 @@ def sampled(seed: int, **fields: object) -> SamplingParams:
     return SamplingParams(seed=seed, **params)  # type: ignore[arg-type]
 
 
-# Every prompt twice: likeliest tokens, and drawn ones
-REQUESTS: list[Request] = [
-    (random_tokens(length, seed=length), params) for length in LENGTHS for params in (greedy(), sampled(length))
-]
-GREEDY = range(0, len(REQUESTS), 2)
+@dataclass(frozen=True)
+class Workload:
+    """Every prompt twice, for its likeliest tokens and for drawn ones; and the tokens that transformers gives."""
+
+    checkpoint: Checkpoint
+    requests: list[Request]
+    tokens: list[list[int]]
+
+
+def make_workload(checkpoint: Checkpoint) -> Workload:
+    """Prompts and seeds are the first at which no token was a near tie: so there is one right answer."""
+    requests: list[Request] = []
+    texts = []
+    for length in LENGTHS:
+        for seed in count(length, step=1000):
+            prompt = random_tokens(length, seed)
+            text, clear = checkpoint.text(prompt, greedy())
+            if clear:
+                break
+        for seed in count(length, step=1000):
+            drawn, clear = checkpoint.text(prompt, sampled(seed))
+            if clear:
+                break
+        requests += [(prompt, greedy()), (prompt, sampled(seed))]
+        texts += [text, drawn]
+    return Workload(checkpoint, requests, texts)
 
 
 def start(checkpoint: Checkpoint, **options: object) -> LLM:
@@ -57,168 +77,152 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
-def run(llm: LLM, salt: str = "") -> list[list[int]]:
-    return tokens_of(generate(llm, REQUESTS, salt))
+def check(llm: LLM, workload: Workload, salt: str = "") -> None:
+    """All requests together give the tokens of transformers."""
+    found = tokens_of(generate(llm, workload.requests, salt))
+    wrong = [
+        f"prompt of {len(prompt)}, temperature {params.temperature}, seed {params.seed}: {tokens}, not {right}"
+        for (prompt, params), tokens, right in zip(workload.requests, found, workload.tokens, strict=True)
+        if tokens != right
+    ]
+    assert wrong == []
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Llama, Qwen2 and Qwen3."""
-    return make_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+def workload(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    """Of Llama, Qwen2 and Qwen3."""
+    return make_workload(make_checkpoint(request.param, tmp_path_factory.mktemp(request.param)))
 
 
 @pytest.fixture(scope="module")
-def llm(checkpoint: Checkpoint) -> Iterator[LLM]:
+def llm(workload: Workload) -> Iterator[LLM]:
     """One rank with the options that a user gets."""
-    with start(checkpoint) as llm:
+    with start(workload.checkpoint) as llm:
         yield llm
 
 
-@pytest.fixture(scope="module")
-def expected(llm: LLM) -> list[list[int]]:
-    """The tokens of REQUESTS, run together on one rank, by graphs, with nothing cached before."""
-    return run(llm)
+# --- the tokens of transformers, whatever happens to a request -----------------------------------------------
 
 
-# --- one rank ----------------------------------------------------------------------------------------------
+def test_the_prompts_and_the_seeds_matter(workload: Workload) -> None:
+    assert len({tuple(tokens) for tokens in workload.tokens}) == len(workload.requests)
 
 
-def test_greedy_tokens_equal_transformers(checkpoint: Checkpoint, expected: list[list[int]]) -> None:
-    leads = []
-    for index in GREEDY:
-        prompt, tokens = REQUESTS[index][0], expected[index]
-        choices, lead = checkpoint.choices(prompt + tokens)
-        # each choice follows from our tokens before it, so by induction its own search finds the same ones
-        assert tokens == choices[len(prompt) - 1 : -1].tolist(), f"prompt of {len(prompt)} tokens"
-        leads.append(lead[len(prompt) - 1 : -1])
-    assert torch.cat(leads).min() > NEAR_TIE  # so there was one right answer everywhere
+def test_together(llm: LLM, workload: Workload) -> None:
+    check(llm, workload, "together")
 
 
-def test_the_prompts_and_the_seeds_matter(expected: list[list[int]]) -> None:
-    assert len({tuple(tokens) for tokens in expected}) == len(REQUESTS)
-
-
-def test_alone_the_tokens_are_the_same(llm: LLM, expected: list[list[int]]) -> None:
-    for index, request in enumerate(REQUESTS):
-        [alone] = tokens_of(generate(llm, [request], salt=f"alone {index}"))
-        assert alone == expected[index], f"request {index}, prompt of {len(request[0])} tokens"
-
-
-def test_from_the_prefix_cache_the_tokens_are_the_same(llm: LLM, expected: list[list[int]]) -> None:
-    assert run(llm, "twice") == expected
+def test_together_from_the_prefix_cache(llm: LLM, workload: Workload) -> None:
+    check(llm, workload, "twice")
     before = llm.stats().prefix_hits
-    assert run(llm, "twice") == expected
+    check(llm, workload, "twice")
     assert llm.stats().prefix_hits > before
 
 
-def test_without_graphs_the_tokens_are_the_same(checkpoint: Checkpoint, expected: list[list[int]]) -> None:
-    with start(checkpoint, enforce_eager=True, max_steps_in_flight=1) as llm:
-        assert run(llm) == expected
+def test_alone(llm: LLM, workload: Workload) -> None:
+    for index, request in enumerate(workload.requests):
+        [alone] = tokens_of(generate(llm, [request], f"alone {index}"))
+        assert alone == workload.tokens[index], f"request {index}, prompt of {len(request[0])}"
 
 
-def test_in_chunks_and_after_preemption_the_tokens_are_the_same(
-    checkpoint: Checkpoint, expected: list[list[int]]
-) -> None:
-    with start(checkpoint, prefill_chunk_size=64, block_size=16, num_blocks=45) as llm:
-        assert run(llm) == expected
+def test_without_graphs_and_steps_in_flight(workload: Workload) -> None:
+    with start(workload.checkpoint, enforce_eager=True, max_steps_in_flight=1) as llm:
+        check(llm, workload)
+
+
+def test_in_chunks_and_after_preemption(workload: Workload) -> None:
+    with start(workload.checkpoint, prefill_chunk_size=64, block_size=16, num_blocks=45) as llm:
+        check(llm, workload)
         assert llm.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_on_several_ranks(workload: Workload, ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    with start(workload.checkpoint, tensor_parallel_size=ranks) as llm:
+        check(llm, workload)
+        check(llm, workload)  # from the prefix cache
 
 
 # --- rows that want more than a plain draw -----------------------------------------------------------------
 
+# At a low temperature few tokens have a share worth mentioning, and near ties are rare
 SPECIAL = {
     "top_k": sampled(1, top_k=5),
     "top_k of one": sampled(2, top_k=1),
-    "top_p": sampled(3, top_p=0.8),
-    "top_k and top_p": sampled(4, top_k=50, top_p=0.9, temperature=1.3),
+    "top_p": sampled(3, top_p=0.8, temperature=0.6),
+    "top_k and top_p": sampled(4, top_k=20, top_p=0.9, temperature=1.3),
     "min_p": sampled(5, min_p=0.1),
     "logprobs": greedy(logprobs=5),
-    "drawn with logprobs": sampled(6, logprobs=0),
+    "drawn with logprobs": sampled(6, logprobs=0, temperature=0.3),
     "prompt_logprobs": greedy(prompt_logprobs=3),
     "repetition_penalty": greedy(repetition_penalty=1.5),
-    "other penalties": sampled(7, presence_penalty=0.5, frequency_penalty=0.7),
+    "other penalties": sampled(7, presence_penalty=0.5, frequency_penalty=0.7, temperature=0.3),
     "logit_bias": greedy(logit_bias={5: 100.0}),
     "allowed_token_ids": sampled(8, allowed_token_ids=[3, 14, 159]),
-    "bad_words": greedy(),  # they depend on what comes without them: see the fixture
+    "min_tokens": greedy(min_tokens=3),
 }
-PROMPT_OF_SPECIAL = random_tokens(70, seed=70)
+PROMPT = random_tokens(70, seed=70)
+
+
+@dataclass(frozen=True)
+class Company:
+    """What came out when plain and special rows ran side by side; `plain` is PROMPT's likeliest text."""
+
+    plain: list[int]
+    tokens: list[list[int]]
+    special: dict[str, tuple[SamplingParams, RequestOutput]]
 
 
 @pytest.fixture(scope="module")
-def special(llm: LLM) -> dict[str, SamplingParams]:
-    """SPECIAL, with words banned that would be generated: a single one, and the second of two."""
-    [plain] = tokens_of(generate(llm, [(PROMPT_OF_SPECIAL, greedy())]))
-    return SPECIAL | {"bad_words": greedy(bad_words=[f"w{plain[0]}", f"w{plain[3]} w{plain[4]}"])}
+def company(llm: LLM, workload: Workload) -> Company:
+    """The workload and SPECIAL in turn, with words banned that would come: one alone, and the second of two."""
+    [plain] = tokens_of(generate(llm, [(PROMPT, greedy())]))
+    special = SPECIAL | {"bad_words": greedy(bad_words=[f"w{plain[0]}", f"w{plain[3]} w{plain[4]}"])}
+    mixed = [
+        request
+        for pair in zip(workload.requests, [(PROMPT, params) for params in special.values()], strict=False)
+        for request in pair
+    ]
+    outputs = generate(llm, mixed + workload.requests[len(special) :], "company")
+    end = len(mixed)
+    answers = zip(special.values(), outputs[1:end:2], strict=True)
+    return Company(plain, tokens_of(outputs[:end:2] + outputs[end:]), dict(zip(special, answers, strict=True)))
 
 
-@pytest.fixture(scope="module")
-def in_company(llm: LLM, special: dict[str, SamplingParams]) -> tuple[list[list[int]], dict[str, RequestOutput]]:
-    """REQUESTS and the special ones, one by one in turn: (tokens of the former, outputs of the latter)."""
-    others = [(PROMPT_OF_SPECIAL, params) for params in special.values()]
-    head = [request for pair in zip(REQUESTS, others, strict=False) for request in pair]
-    outputs = generate(llm, head + REQUESTS[len(others) :], salt="company")
-    count = 2 * len(others)
-    return tokens_of(outputs[:count:2] + outputs[count:]), dict(zip(special, outputs[1:count:2], strict=True))
+def test_plain_rows_do_not_notice_special_ones(workload: Workload, company: Company) -> None:
+    assert company.tokens == workload.tokens
 
 
-def test_plain_rows_do_not_notice_special_ones(
-    expected: list[list[int]], in_company: tuple[list[list[int]], dict[str, RequestOutput]]
-) -> None:
-    assert in_company[0] == expected
+def test_special_rows_do_not_notice_their_company(llm: LLM, company: Company) -> None:
+    for name, (params, output) in company.special.items():
+        [alone] = tokens_of(generate(llm, [(PROMPT, params)], f"alone, {name}"))
+        assert output.token_ids == alone, name
 
 
-def test_special_rows_do_not_notice_their_company(
-    llm: LLM, special: dict[str, SamplingParams], in_company: tuple[list[list[int]], dict[str, RequestOutput]]
-) -> None:
-    for name, params in special.items():
-        [alone] = tokens_of(generate(llm, [(PROMPT_OF_SPECIAL, params)], salt=f"alone, {name}"))
-        assert in_company[1][name].token_ids == alone, name
-
-
-def test_special_rows_get_what_they_ask_for(
-    llm: LLM, in_company: tuple[list[list[int]], dict[str, RequestOutput]]
-) -> None:
-    [plain] = tokens_of(generate(llm, [(PROMPT_OF_SPECIAL, greedy())]))
-    tokens = {name: output.token_ids for name, output in in_company[1].items()}
-    assert tokens["top_k of one"] == tokens["logprobs"] == tokens["prompt_logprobs"] == plain
-    assert set(tokens["allowed_token_ids"]) <= {3, 14, 159}
-    assert tokens["logit_bias"] == [5] * TOKENS
-    assert plain[0] not in tokens["bad_words"]
-    assert (plain[3], plain[4]) not in zip(tokens["bad_words"], tokens["bad_words"][1:], strict=False)
-    assert len(set(tokens["repetition_penalty"])) == TOKENS
+def test_special_rows_get_what_they_ask_for(company: Company) -> None:
+    plain, tokens = company.plain, {name: output.token_ids for name, (_, output) in company.special.items()}
     assert all(len(ids) == TOKENS and 0 <= min(ids) <= max(ids) < VOCAB for ids in tokens.values())
+    assert tokens["top_k of one"] == tokens["logprobs"] == tokens["prompt_logprobs"] == tokens["min_tokens"] == plain
+    assert set(tokens["allowed_token_ids"]) == {3, 14, 159}
+    assert tokens["logit_bias"] == [5] * TOKENS
+    banned = tokens["bad_words"]
+    assert plain[0] not in banned
+    assert (plain[3], plain[4]) not in zip(banned, banned[1:], strict=False)
 
 
-def test_log_probabilities_are_those_of_transformers(
-    checkpoint: Checkpoint, in_company: tuple[list[list[int]], dict[str, RequestOutput]]
-) -> None:
+def test_log_probabilities_are_those_of_transformers(workload: Workload, company: Company) -> None:
     for name in ("logprobs", "drawn with logprobs"):
-        output = in_company[1][name]
-        with torch.inference_mode():
-            logits = checkpoint.reference(torch.tensor([PROMPT_OF_SPECIAL + output.token_ids])).logits[0]
-        theirs = torch.log_softmax(logits[len(PROMPT_OF_SPECIAL) - 1 : -1], -1)
+        params, output = company.special[name]
         assert output.logprobs is not None
-        for position, (token, entries) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
-            assert token in entries
-            for candidate, entry in entries.items():
-                assert math.isclose(entry.logprob, theirs[position, candidate].item(), abs_tol=1e-3)
-    assert all(entries[token].rank == 1 for token, entries in zip(*greedy_logprobs(in_company[1]), strict=True))
-
-
-def greedy_logprobs(outputs: dict[str, RequestOutput]) -> tuple[list[int], list[dict[int, object]]]:
-    output = outputs["logprobs"]
-    return output.token_ids, output.logprobs  # type: ignore[return-value]
-
-
-# --- several ranks -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_on_several_ranks_the_tokens_are_the_same(
-    checkpoint: Checkpoint, expected: list[list[int]], ranks: int
-) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
-    with start(checkpoint, tensor_parallel_size=ranks) as llm:
-        assert run(llm) == expected
-        assert run(llm) == expected  # from the prefix cache
+        theirs = workload.checkpoint.logprobs(PROMPT + output.token_ids)[len(PROMPT) - 1 : -1]
+        for token, entries, row in zip(output.token_ids, output.logprobs, theirs, strict=True):
+            assert set(entries) == {token, *row.topk(params.logprobs or 0).indices.tolist()}
+            assert all(entry.logprob == pytest.approx(row[id_].item(), abs=1e-3) for id_, entry in entries.items())
+    prompt_logprobs = company.special["prompt_logprobs"][1].prompt_logprobs
+    assert prompt_logprobs is not None
+    theirs = workload.checkpoint.logprobs(PROMPT)
+    for token, entries, row in zip(PROMPT[1:], prompt_logprobs[1:], theirs[:-1], strict=True):
+        assert entries is not None
+        assert entries[token].logprob == pytest.approx(row[token].item(), abs=1e-3)

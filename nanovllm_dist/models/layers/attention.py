@@ -36,7 +36,7 @@ class Attention(nn.Module):
         heads = split_heads(config.num_heads, config.num_kv_heads, comm.world_size, comm.rank)
         self._layer = layer
         self._kernels = kernels
-        self._num_heads, self._num_kv_heads = heads.num_heads, heads.num_kv_heads
+        self.num_heads, self.num_kv_heads = heads.num_heads, heads.num_kv_heads
         dim = config.head_dim
         self.qkv_proj = qkv_linear(prefix, config, heads, dtype, device)
         self.o_proj = RowParallelLinear(
@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, batch: AttentionBatch, plan: Any) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden], equal on all ranks. `plan` is what `LayerKernels.prepare` made."""
         qkv = self.qkv_proj(x)
-        output = self._kernels.attend(qkv, self._num_heads, self._num_kv_heads, self.qk_norm, self._layer, batch, plan)
+        output = self._kernels.attend(qkv, self.num_heads, self.num_kv_heads, self.qk_norm, self._layer, batch, plan)
         projected: torch.Tensor = self.o_proj(output)
         return projected
 

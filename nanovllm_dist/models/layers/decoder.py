@@ -5,7 +5,7 @@ One step is a function of its arguments: nothing is kept between steps but the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +100,7 @@ class DecoderLM(nn.Module):
             self.output_vocab = VocabWeight("lm_head.weight", vocab, size, comm, dtype, device)
         self.embedding = VocabEmbedding(self.vocab, comm)
         self.rotary = RotaryEmbedding(config, device)
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
             DecoderLayer(index, config, self.qk_norm, comm, kernels, dtype, device)
             for index in range(config.num_layers)
         )
@@ -124,7 +124,6 @@ class DecoderLM(nn.Module):
         """Every checkpoint tensor of the model, once, with this rank's part. Not after `finalize`."""
         yield from self.vocab.shards()
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
             yield from layer.shards()
         yield from self.norm.shards()
         if self.output_vocab is not self.vocab:

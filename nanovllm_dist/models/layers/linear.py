@@ -45,6 +45,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
+        self.out_features = out_features
         self.weight = empty_parameter(out_features, in_features, dtype=dtype, device=device)
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
         self._kernel: LinearKernel | None = None
@@ -129,12 +130,11 @@ class RowParallelLinear(PackedLinear):
         self._in_features = in_features
         self._start = start
         self._end = end
-        self._out_features = out_features
         self._comm = comm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        buffer = self._comm.reduce_buffer(len(x), self._out_features, x.dtype)
+        buffer = self._comm.reduce_buffer(len(x), self.out_features, x.dtype)
         output = self._comm.all_reduce(self.project_into(x, buffer))
         return output if self.bias is None else output + self.bias
 
@@ -145,10 +145,10 @@ class RowParallelLinear(PackedLinear):
     def shards(self) -> Iterator[Shard]:
         """This rank's columns of the weight, and the whole bias."""
         assert self.weight is not None
-        shape = (self._out_features, self._in_features)
+        shape = (self.out_features, self._in_features)
         yield Shard(f"{self._name}.weight", self.weight, shape, 1, self._start, self._end)
         if self.bias is not None:
-            yield Shard.whole(f"{self._name}.bias", self.bias, (self._out_features,))
+            yield Shard.whole(f"{self._name}.bias", self.bias, (self.out_features,))
 
 
 def qkv_linear(

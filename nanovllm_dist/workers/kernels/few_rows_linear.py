@@ -11,9 +11,6 @@ rounded where the kernels `silu_mul` and `add_rms_norm` round: a few KB from the
 Weights must not be written by work still queued on the stream (see `dependent_launch`). It knows nothing of layers.
 """
 
-# mypy: no-check-untyped-defs
-# (tuples that grow while a loop is unrolled have no one type)
-
 from __future__ import annotations
 
 import torch
@@ -174,8 +171,8 @@ def _few_rows_kernel(
     feature = program * FEATURES + tl.arange(0, FEATURES)
     # Past the end the last feature is read again: no mask on the loads
     feature_ptr = weight_ptr + tl.minimum(feature, features - 1).to(tl.int64)[:, None] * SIZE
-    weights = ()
-    norm_weights = ()
+    weights: tl.tuple = ()
+    norm_weights: tl.tuple = ()
     for start in tl.static_range(0, SIZE, BLOCK):
         weights += (_load_weights(feature_ptr, start, SIZE, BLOCK),)
         if norm_ptr is not None:
@@ -183,8 +180,8 @@ def _few_rows_kernel(
     if DEPENDENT:
         gdc_wait()
 
-    scales = ()
-    sums = ()
+    scales: tl.tuple = ()
+    sums: tl.tuple = ()
     for row in tl.static_range(ROWS):
         if norm_ptr is not None:
             place = x_ptr + row * x_stride
@@ -194,7 +191,7 @@ def _few_rows_kernel(
 
     for start in tl.static_range(0, SIZE, BLOCK):
         wide = weights[start // BLOCK].to(tl.float32)
-        updated = ()
+        updated: tl.tuple = ()
         for row in tl.static_range(ROWS):
             place = x_ptr + row * x_stride
             if norm_ptr is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.config import ModelConfig
+    from nanovllm_dist.models.layers.decoder import DecoderLM
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
@@ -76,6 +77,17 @@ class Platform(ABC):
     def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler | None:
         """A sampler of plain draws that every rank runs, or None: then rank 0 samples with torch."""
         return None
+
+    def compile_kernels(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: DecoderLM,
+        kernels: LayerKernels,
+        sampler: DeviceSampler | None,
+    ) -> Callable[[], None]:
+        """Start whatever must be compiled for this model; returns what waits for it."""
+        return lambda: None
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
         """Records what a function queues on the device, without running it, and returns what replays it."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.config import ModelConfig
+    from nanovllm_dist.models.layers.decoder import DecoderLM
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
@@ -101,6 +102,21 @@ class CudaPlatform(Platform):
         from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
 
         return ShardedSampler(comm, head)
+
+    def compile_kernels(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: DecoderLM,
+        kernels: LayerKernels,
+        sampler: DeviceSampler | None,
+    ) -> Callable[[], None]:
+        """Triton's, in threads."""
+        from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
+        from nanovllm_dist.workers.platform.cuda_warm_up import compile_in_threads
+
+        assert isinstance(sampler, ShardedSampler)
+        return compile_in_threads(config, model_config, model, kernels, sampler)
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """CUDA graphs that share one pool of memory."""

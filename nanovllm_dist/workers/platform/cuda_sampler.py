@@ -19,17 +19,31 @@ class ShardedSampler:
 
     def sample(self, logits: torch.Tensor, inv_temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         """See DeviceSampler."""
+        statistics = self._comm.all_gather(self._statistics(logits, inv_temperature))
+        return self._comm.all_reduce(self._choose(statistics, logits, inv_temperature, uniforms))
+
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Launch what `sample` launches, without talking to other ranks."""
+        inv_temperature = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+        own = self._statistics(logits, inv_temperature)
+        statistics = own.unsqueeze(0).repeat(self._comm.world_size, 1, 1, 1)
+        self._choose(statistics, logits, inv_temperature, inv_temperature.double())
+
+    def _statistics(self, logits: torch.Tensor, inv_temperature: torch.Tensor) -> torch.Tensor:
         rows, columns = logits.shape
         own = torch.empty(rows, num_chunks(columns), 2, dtype=torch.float32, device=logits.device)
-        shard_statistics(logits, inv_temperature, own, vocab_local=self._vocab_size)
-        tokens = choose(
-            self._comm.all_gather(own),
+        return shard_statistics(logits, inv_temperature, own, vocab_local=self._vocab_size)
+
+    def _choose(
+        self, statistics: torch.Tensor, logits: torch.Tensor, inv_temperature: torch.Tensor, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        return choose(
+            statistics,
             logits,
             uniforms,
             inv_temperature,
-            torch.empty(rows, dtype=torch.int64, device=logits.device),
+            torch.empty(len(logits), dtype=torch.int64, device=logits.device),
             rank=self._comm.rank,
             vocab_start=self._vocab_start,
             vocab_local=self._vocab_size,
         )
-        return self._comm.all_reduce(tokens)
