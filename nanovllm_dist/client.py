@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from nanovllm_dist.outputs import CompletionOutput, RequestOutput
 from nanovllm_dist.progress import TokenProgress
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.tokenizer import Tokenizer
-from nanovllm_dist.wire.messages import EngineInfo, EngineStats
+from nanovllm_dist.wire.messages import EngineInfo, EngineStats, StepTrace
 
 if TYPE_CHECKING:
     from nanovllm_dist.launcher.engine import Engine
@@ -272,6 +273,16 @@ class DistLLM:
     def stats(self) -> EngineStats:
         """The engine's counters now. Raises EngineDeadError when it does not answer."""
         return self._connection.stats()
+
+    def trace_steps(self, count: int, skip: int = 0) -> Future[StepTrace]:
+        """Have the engine time its next `count` steps, after `skip` others: when each phase of each step began.
+
+        The result comes when those steps are over. It comes with fewer when the engine runs out of requests since the
+        first, or when any client asks again; a count of 0 only ends the trace that runs. Nothing is timed unless asked.
+
+        Raises InvalidRequestError when count or skip is out of range, EngineDeadError.
+        """
+        return self._connection.trace_steps(count, skip)
 
     def close(self) -> None:
         """Disconnect, and stop the engine if it is this client's own. Twice is fine."""

@@ -16,11 +16,18 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import zmq
 
-from nanovllm_dist.errors import EngineConnectError, EngineDeadError, NanoVLLMError, WireError, error_from_code
+from nanovllm_dist.errors import (
+    EngineConnectError,
+    EngineDeadError,
+    InvalidRequestError,
+    NanoVLLMError,
+    WireError,
+    error_from_code,
+)
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
@@ -59,6 +66,7 @@ class Connection:
         self._ids = itertools.count(1)
         self._outgoing: deque[bytes] = deque()
         self._stats: deque[Future[wire.EngineStats]] = deque()
+        self._traces: deque[Future[wire.StepTrace]] = deque()
         self._error: NanoVLLMError | None = None
         self._closing = False
         self._lock = threading.RLock()  # garbage collection may abort a request while this thread holds it
@@ -165,6 +173,18 @@ class Connection:
         except FutureTimeoutError:
             raise EngineDeadError(f"the engine at {self.address} did not answer within {timeout:g} s") from None
 
+    def trace_steps(self, count: int, skip: int = 0) -> Future[wire.StepTrace]:
+        """Ask for the times of `count` steps, after `skip` others; see `DistLLM.trace_steps`."""
+        if not 0 <= count <= wire.TRACE_LIMIT or not 0 <= skip < 2**31:
+            raise InvalidRequestError(f"a trace of {count} steps after {skip}: 0 to {wire.TRACE_LIMIT:,} can be traced")
+        future: Future[wire.StepTrace] = Future()
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._traces.append(future)
+            self._send(wire.TraceSteps(count, skip))
+        return future
+
     def fail(self, error: NanoVLLMError) -> None:
         """End every request with `error`; the connection is of no more use."""
         with self._lock:
@@ -172,12 +192,13 @@ class Connection:
                 return
             self._error = error
             sinks, self._sinks = list(self._sinks.values()), {}
-            stats, self._stats = list(self._stats), deque()
+            unanswered: list[Future[Any]] = [*self._stats, *self._traces]
+            self._stats, self._traces = deque(), deque()
         with self._status_changed:
             self._status_changed.notify_all()
         for sink in sinks:
             sink.on_error(error)
-        for future in stats:
+        for future in unanswered:
             _settle(future, error)
 
     def close(self) -> None:
@@ -258,6 +279,9 @@ class Connection:
         elif isinstance(message, wire.EngineStats):
             if self._stats:
                 _settle(self._stats.popleft(), message)
+        elif isinstance(message, wire.StepTrace):
+            if self._traces:
+                _settle(self._traces.popleft(), message)
         else:
             self.fail(error_from_code(message.error.code, message.error.message))
 
@@ -306,7 +330,7 @@ def _frame(message: wire.ClientMessage) -> bytes:
     return frame
 
 
-def _settle(future: Future[wire.EngineStats], result: wire.EngineStats | NanoVLLMError) -> None:
+def _settle(future: Future[Any], result: wire.EngineStats | wire.StepTrace | NanoVLLMError) -> None:
     with suppress(InvalidStateError):  # whoever asked may have stopped waiting
         if isinstance(result, NanoVLLMError):
             future.set_exception(result)

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from nanovllm_dist.bench import options as o
+from nanovllm_dist.bench.step_breakdown import DEFAULT_STEPS
 from nanovllm_dist.bench.workloads import RANDOM
 from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError
 from nanovllm_dist.launcher.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
@@ -43,6 +44,8 @@ def throughput(
     itl: o.Gaps = True,
     compare: o.Compare = None,
     json_file: o.JsonFile = None,
+    trace: o.TraceFile = None,
+    trace_steps: o.TraceSteps = DEFAULT_STEPS,
     bandwidth: o.Bandwidth = None,
     flops: o.Flops = None,
     all_reduce_us: o.AllReduceUs = None,
@@ -66,8 +69,11 @@ def throughput(
             gaps=itl,
             compare=compare is not None,
             hardware=o.hardware(bandwidth, flops, all_reduce_us),
+            trace_steps=o.check_trace_steps(trace_steps),
+            trace_file=trace,
         )
         _check_writable(json_file)
+        _check_writable(trace, "--trace")
         report = measure_throughput(o.engine_config(engine), work, settings, _notify)
         show_throughput(report)
         write_json(report, json_file)
@@ -137,6 +143,8 @@ def load(
     range_ratio: o.LoadRangeRatio = 0.33,
     temperature: o.Temperature = 0.6,
     json_file: o.JsonFile = None,
+    trace: o.TraceFile = None,
+    trace_steps: o.TraceSteps = DEFAULT_STEPS,
     **engine: Any,
 ) -> None:
     """Let requests arrive at random, at one rate after another: times per request and per token."""
@@ -146,8 +154,18 @@ def load(
 
     with _readable_errors():
         o.check_temperature(temperature)
-        settings = LoadSettings(tuple(rate or (16.0,)), seconds, input_len, output_len, range_ratio, temperature)
+        settings = LoadSettings(
+            rates=tuple(rate or (16.0,)),
+            seconds=seconds,
+            input_len=input_len,
+            output_len=output_len,
+            range_ratio=range_ratio,
+            temperature=temperature,
+            trace_steps=o.check_trace_steps(trace_steps),
+            trace_file=trace,
+        )
         _check_writable(json_file)
+        _check_writable(trace, "--trace")
         report = measure_load(o.engine_config(engine), settings, _notify)
         show_load(report)
         write_json(report, json_file)
@@ -186,6 +204,8 @@ def suite(
     range_ratio: o.LoadRangeRatio = 0.33,
     temperature: o.Temperature = 0.6,
     runs: o.Runs = 3,
+    trace: o.Traces = False,
+    trace_steps: o.TraceSteps = DEFAULT_STEPS,
     bandwidth: o.Bandwidth = None,
     flops: o.Flops = None,
     all_reduce_us: o.AllReduceUs = None,
@@ -212,12 +232,13 @@ def suite(
             temperature=o.check_temperature(temperature),
             gaps=False,
             hardware=o.hardware(bandwidth, flops, all_reduce_us),
+            trace_steps=o.check_trace_steps(trace_steps),
         )
         arrivals = None
         if rate:
-            arrivals = LoadSettings(tuple(rate), seconds, input_len, output_len, range_ratio, temperature)
+            arrivals = LoadSettings(tuple(rate), seconds, input_len, output_len, range_ratio, temperature, trace_steps)
         directory = _made(output)
-        run_suite(o.engine_config(engine), works, settings, arrivals, _notify, keep)
+        run_suite(o.engine_config(engine), works, settings, arrivals, _notify, keep, directory if trace else None)
 
 
 @contextmanager

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
 
 from nanovllm_dist.async_client import AsyncDistLLM
+from nanovllm_dist.bench.chrome_trace import write_chrome_trace
 from nanovllm_dist.bench.distribution import Distribution
 from nanovllm_dist.bench.engine_run import EngineCounters, counted, sampling_params
 from nanovllm_dist.bench.environment import Environment, describe_environment
 from nanovllm_dist.bench.load_run import Timeline, drive, poisson_gaps
 from nanovllm_dist.bench.session import EngineSummary, Session, WorkloadSummary, open_session, workload_summary
+from nanovllm_dist.bench.step_breakdown import DEFAULT_STEPS, StepBreakdown, breakdown
+from nanovllm_dist.bench.step_window import close_window
 from nanovllm_dist.bench.workloads import RANDOM, Workload, make_workload
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError, NanoVLLMError
 from nanovllm_dist.launcher.engine import Engine
+from nanovllm_dist.wire.messages import StepTrace
 
 _WARM_UP_REQUESTS, _WARM_UP_TOKENS = 64, 32
 
@@ -29,8 +34,10 @@ _WARM_UP_REQUESTS, _WARM_UP_TOKENS = 64, 32
 class LoadSettings:
     """How to measure: requests arrive as a Poisson process of each of `rates` a second, for `seconds`.
 
-    Lengths are uniform within `range_ratio` around the two given ones. Raises ConfigError: no rate, or none that is
-    positive, or no time.
+    Lengths are uniform within `range_ratio` around the two given ones. `trace_steps` in the middle of each rate are
+    timed phase by phase, and all of these written to `trace_file` if there is one.
+
+    Raises ConfigError: no rate, or none that is positive, or no time.
     """
 
     rates: tuple[float, ...] = (16.0,)
@@ -39,6 +46,8 @@ class LoadSettings:
     output_len: int = 128
     range_ratio: float = 0.33
     temperature: float = 0.6
+    trace_steps: int = DEFAULT_STEPS
+    trace_file: str | None = None
 
     def __post_init__(self) -> None:
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
@@ -65,7 +74,7 @@ class RateResult(msgspec.Struct, frozen=True):
     tokens of a request (ITL), and per request the mean of those gaps (TPOT).
 
     `seconds`: from the first request sent to the last token. `lateness`: how long after they were due requests left.
-    `client_cpu`: cores that the client kept busy; near 1 it is the bottleneck.
+    `client_cpu`: cores that the client kept busy; near 1 it is the bottleneck. `steps` are some of the middle.
     """
 
     rate: float
@@ -81,6 +90,7 @@ class RateResult(msgspec.Struct, frozen=True):
     lateness: Distribution | None
     client_cpu: float
     counters: EngineCounters
+    steps: StepBreakdown | None = None
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag_field="benchmark", tag="load"):
@@ -103,18 +113,29 @@ def load_of(
     llm: DistLLM, session: Session, environment: Environment, settings: LoadSettings, notify: Callable[[str], None]
 ) -> LoadReport:
     """Measure an engine that runs; `session` is of its config. Raises NanoVLLMError."""
-    results = asyncio.run(_all_rates(AsyncDistLLM(llm), settings, notify))
+    measured = asyncio.run(_all_rates(llm, settings, notify))
+    write_chrome_trace([trace for _result, trace in measured], settings.trace_file)
+    results = [msgspec.structs.replace(result, steps=breakdown(trace)) for result, trace in measured]
     return LoadReport(environment, session.engine_summary(llm.info), results)
 
 
-async def _all_rates(client: AsyncDistLLM, settings: LoadSettings, notify: Callable[[str], None]) -> list[RateResult]:
-    works = settings.workloads()
+async def _all_rates(
+    llm: DistLLM, settings: LoadSettings, notify: Callable[[str], None]
+) -> list[tuple[RateResult, StepTrace]]:
+    client, works = AsyncDistLLM(llm), settings.workloads()
     await _warm_up(client, works[0], settings.temperature)
-    results = []
+    measured = []
     for index, (rate, work) in enumerate(zip(settings.rates, works, strict=True)):
         notify(f"{work.num_requests} requests at {rate:g} a second")
-        results.append(await _one_rate(client, rate, work, f"load {index}", settings.temperature))
-    return results
+        window = asyncio.create_task(_window_in_the_middle(llm, settings))
+        result = await _one_rate(client, rate, work, f"load {index}", settings.temperature)
+        measured.append((result, await asyncio.to_thread(close_window, llm, await window)))
+    return measured
+
+
+async def _window_in_the_middle(llm: DistLLM, settings: LoadSettings) -> Future[StepTrace]:
+    await asyncio.sleep(settings.seconds / 2)
+    return llm.trace_steps(settings.trace_steps)
 
 
 async def _warm_up(client: AsyncDistLLM, work: Workload, temperature: float) -> None:

@@ -19,6 +19,7 @@ from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.launcher.cli import app, launch
 from nanovllm_dist.launcher.invocation import build_invocation, read_config_file
 from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.wire.messages import TRACE_LIMIT
 
 _WORK, _MEASURE, _LIMIT = "Work", "Measurement", "Physical limit (of one device)"
 
@@ -49,6 +50,22 @@ Compare = Annotated[
 ]
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the whole report here.", rich_help_panel=_MEASURE)
+]
+TraceFile = Annotated[
+    str | None,
+    typer.Option(
+        "--trace", metavar="FILE", help="Write the traced steps as a Chrome trace (Perfetto).", rich_help_panel=_MEASURE
+    ),
+]
+Traces = Annotated[
+    bool,
+    typer.Option("--trace", help="Also keep the traced steps, as Chrome traces NAME.trace.", rich_help_panel=_MEASURE),
+]
+TraceSteps = Annotated[
+    int,
+    typer.Option(
+        "--trace-steps", help="Steps in a row whose phases are timed, in the middle of a run.", rich_help_panel=_MEASURE
+    ),
 ]
 WorkloadNames = Annotated[
     list[str] | None,
@@ -154,6 +171,13 @@ def check_runs(runs: int) -> int:
     if runs < 1:
         raise ConfigError(f"--runs {runs} is not at least 1")
     return runs
+
+
+def check_trace_steps(steps: int) -> int:
+    """Raises ConfigError unless there are two, of which the first only tells when the second could begin, or more."""
+    if not 2 <= steps <= TRACE_LIMIT:
+        raise ConfigError(f"--trace-steps {steps} is not from 2 to {TRACE_LIMIT:,}")
+    return steps
 
 
 def check_temperature(temperature: float) -> float:

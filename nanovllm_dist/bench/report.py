@@ -14,6 +14,7 @@ from nanovllm_dist.bench.engine_run import EngineCounters
 from nanovllm_dist.bench.environment import Environment
 from nanovllm_dist.bench.latency import LatencyReport
 from nanovllm_dist.bench.load import LoadReport
+from nanovllm_dist.bench.report_steps import show_steps
 from nanovllm_dist.bench.roofline import Achieved, Limit
 from nanovllm_dist.bench.scheduler_cost import SchedulerReport
 from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary
@@ -53,6 +54,7 @@ def show_throughput(report: ThroughputReport, console: Console | None = None) ->
     console.print(
         times_table({"TTFT": report.ttft, "TPOT": report.tpot, "ITL (streamed run)": report.itl, "E2E": report.e2e})
     )
+    show_steps(report.steps, console)
     show_engine(console, report.counters, sum(rates.seconds), report.engine, report.environment)
 
 

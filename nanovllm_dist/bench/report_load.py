@@ -6,6 +6,7 @@ from rich.console import Console
 
 from nanovllm_dist.bench.load import LoadReport, RateResult
 from nanovllm_dist.bench.report import plain_table, show_engine, times_table
+from nanovllm_dist.bench.report_steps import show_steps
 
 
 def show_load(report: LoadReport, console: Console | None = None) -> None:
@@ -13,6 +14,7 @@ def show_load(report: LoadReport, console: Console | None = None) -> None:
     console = console or Console()
     for result in report.results:
         _show_rate(result, console)
+        show_steps(result.steps, console)
         show_engine(console, result.counters, result.seconds, report.engine, report.environment)
 
 

@@ -6,6 +6,8 @@ Each report is handed over as soon as it is there: a run that is cut short keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from nanovllm_dist.bench.environment import describe_environment
 from nanovllm_dist.bench.load import LoadReport, LoadSettings, load_of
@@ -26,8 +28,11 @@ def run_suite(
     load: LoadSettings | None,
     notify: Callable[[str], None],
     keep: Callable[[str, ThroughputReport | LoadReport], None],
+    trace_directory: Path | None = None,
 ) -> None:
     """Start an engine, measure each workload and then `load`, stop it; `keep` gets every report with a name for it.
+
+    Traces go to `NAME.trace` in `trace_directory`, if there is one.
 
     Raises NanoVLLMError; ConfigError, when a request is longer than the engine takes, before it starts.
     """
@@ -36,7 +41,13 @@ def run_suite(
     with DistLLM.from_engine(Engine.start(config, progress=True)) as llm:
         for workload in workloads:
             notify(f"workload {workload.name}")
-            report = throughput_of(llm, session, environment, workload, throughput, notify)
-            keep(f"throughput-{workload.name}", report)
+            name = f"throughput-{workload.name}"
+            settings = replace(throughput, trace_file=_trace_file(trace_directory, name))
+            keep(name, throughput_of(llm, session, environment, workload, settings, notify))
         if load is not None:
+            load = replace(load, trace_file=_trace_file(trace_directory, "load"))
             keep("load", load_of(llm, session, environment, load, notify))
+
+
+def _trace_file(directory: Path | None, name: str) -> str | None:
+    return None if directory is None else str(directory / f"{name}.trace")

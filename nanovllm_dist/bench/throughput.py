@@ -11,29 +11,38 @@ from dataclasses import dataclass
 
 import msgspec
 
+from nanovllm_dist.bench.chrome_trace import write_chrome_trace
 from nanovllm_dist.bench.distribution import Distribution, median
 from nanovllm_dist.bench.engine_run import EngineCounters, EngineRun, counted, run_workload, token_gaps
 from nanovllm_dist.bench.environment import Environment, describe_environment
 from nanovllm_dist.bench.roofline import Achieved, Hardware, Limit, achieved, limit
 from nanovllm_dist.bench.session import EngineSummary, Session, WorkloadSummary, open_session, workload_summary
+from nanovllm_dist.bench.step_breakdown import DEFAULT_STEPS, StepBreakdown, breakdown
+from nanovllm_dist.bench.step_window import close_window, open_window
 from nanovllm_dist.bench.transformers_baseline import BATCH_SIZE, TransformersBaseline, waiting_policy
 from nanovllm_dist.bench.workloads import Workload
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.launcher.engine import Engine
+from nanovllm_dist.wire.messages import StepTrace
 
 _WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class ThroughputSettings:
-    """How to measure. `gaps`: one more run, streamed, for the time between tokens."""
+    """How to measure. `gaps`: one more run, streamed, for the time between tokens.
+
+    `trace_steps` of the last run are timed phase by phase, and written to `trace_file` if there is one.
+    """
 
     runs: int = 3
     temperature: float = 0.6
     gaps: bool = True
     compare: bool = False
     hardware: Hardware | None = None
+    trace_steps: int = DEFAULT_STEPS
+    trace_file: str | None = None
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -62,7 +71,8 @@ class Comparison(msgspec.Struct, frozen=True):
 class ThroughputReport(msgspec.Struct, frozen=True, tag_field="benchmark", tag="throughput"):
     """Everything that was measured. Times are seconds, over the requests of all runs.
 
-    TTFT, TPOT and E2E are the engine's, from a request's arrival; ITL is the client's, of a streamed run.
+    TTFT, TPOT and E2E are the engine's, from a request's arrival; ITL is the client's, of a streamed run. `steps` are
+    some of the last run.
     """
 
     environment: Environment
@@ -77,6 +87,7 @@ class ThroughputReport(msgspec.Struct, frozen=True, tag_field="benchmark", tag="
     comparison: Comparison | None
     limit: Limit | None
     achieved: Achieved | None
+    steps: StepBreakdown | None = None
 
 
 def measure_throughput(
@@ -103,14 +114,16 @@ def throughput_of(
     """Measure an engine that runs; `session` is of its config. Raises NanoVLLMError."""
     _warm_up(llm, rival, workload, settings.temperature)
     before = llm.stats()
-    ours, theirs = _take_turns(llm, rival, workload, settings, notify)
+    ours, theirs, trace = _take_turns(llm, rival, workload, settings, notify)
     counters = counted(before, llm.stats())
     gaps: list[float] = []
     if settings.gaps:
         notify("streaming every token, for the time between them")
         gaps = token_gaps(llm, workload, "streamed", settings.temperature)
+    write_chrome_trace([trace], settings.trace_file)
     engine = session.engine_summary(llm.info)
-    return _report(session, environment, engine, workload, settings, ours, theirs, counters, gaps)
+    report = _report(session, environment, engine, workload, settings, ours, theirs, counters, gaps)
+    return msgspec.structs.replace(report, steps=breakdown(trace))
 
 
 def _warm_up(llm: DistLLM, rival: TransformersBaseline | None, workload: Workload, temperature: float) -> None:
@@ -126,11 +139,13 @@ def _take_turns(
     workload: Workload,
     settings: ThroughputSettings,
     notify: Callable[[str], None],
-) -> tuple[list[EngineRun], list[float]]:
+) -> tuple[list[EngineRun], list[float], StepTrace]:
     ours: list[EngineRun] = []
     theirs: list[float] = []
     for number in range(1, settings.runs + 1):
         repetition = f"run {number}"
+        if number == settings.runs:
+            window = open_window(llm, workload, settings.trace_steps)
         ours.append(run_workload(llm, workload, repetition, settings.temperature))
         line = f"{repetition} of {settings.runs}: {workload.output_tokens / ours[-1].seconds:,.1f} output tokens/s"
         if rival is not None:
@@ -138,7 +153,7 @@ def _take_turns(
             theirs.append(rival.run(workload, prompts, settings.temperature))
             line += f", transformers {workload.output_tokens / theirs[-1]:,.1f}"
         notify(line)
-    return ours, theirs
+    return ours, theirs, close_window(llm, window)
 
 
 def _report(

@@ -30,6 +30,7 @@ from nanovllm_dist.scheduler.request import Request
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
+from nanovllm_dist.scheduler.step_trace import StepTrace
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Server
 
@@ -61,6 +62,7 @@ class Coordinator:
         self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
         self._clock = StepClock()
+        self._trace: StepTrace | None = None
         self._seeds = random.Random(spec.config.seed)
         self._rendezvous = ""
         self._last_step = self._last_ping = time.monotonic()
@@ -99,15 +101,20 @@ class Coordinator:
             self._from_worker(*received)
             if self._committed:  # the devices wait for the next step, so nothing else comes before it
                 self._plan_steps()
-                self._clock.answered(time.monotonic() - woke)
+                left = time.monotonic()
+                self._clock.answered(left - woke)
                 self._deliver()
                 woke = time.monotonic()
+                if self._trace is not None:
+                    self._trace.delivered(left, woke)
         for _ in range(_FRAMES_PER_TURN):
             if (received := self._clients.receive()) is None:
                 break
             self._from_client(*received)
         self._plan_steps()
         self._send_outputs()
+        if self._trace is not None:
+            self._watch_trace(self._trace)
         self._ping_workers()
 
     def _plan_steps(self) -> None:
@@ -115,9 +122,18 @@ class Coordinator:
             return
         if not self._scheduler.has_unfinished:
             self._clock.idle(time.process_time())
-        while (plan := self._scheduler.schedule(time.monotonic())) is not None:
-            self._to_workers(plan.to_message(_EPOCH))
+            if self._trace is not None:
+                self._trace.idle()
+        planned = time.monotonic()
+        while (plan := self._scheduler.schedule(planned)) is not None:
+            message = plan.to_message(_EPOCH)
+            if self._trace is not None and self._trace.takes_next():
+                self._to_workers(msgspec.structs.replace(message, traced=True))
+                self._trace.sent(plan, planned, time.monotonic())
+            else:
+                self._to_workers(message)
             self._clock.step_left(time.process_time(), len(self._scheduler.running), len(plan.rows))
+            planned = time.monotonic()
 
     def _deliver(self) -> None:
         for committed, logprobs, now in self._committed:
@@ -143,6 +159,8 @@ class Coordinator:
                 self._abort(client, message)
             elif isinstance(message, wire.StatsRequest):
                 self._send_stats(client)
+            elif isinstance(message, wire.TraceSteps):
+                self._start_trace(client, message)
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
@@ -165,9 +183,29 @@ class Coordinator:
             self._client_gone(client)
 
     def _send_stats(self, client: bytes) -> None:
+        self._check_known(client)
+        self._clients.send(client, wire.encode(self._stats()))
+
+    def _check_known(self, client: bytes) -> None:
         if client not in self._watchers:
             raise EngineDeadError("the connection was lost and its requests were ended: connect again")
-        self._clients.send(client, wire.encode(self._stats()))
+
+    def _start_trace(self, client: bytes, message: wire.TraceSteps) -> None:
+        self._check_known(client)
+        if self._trace is not None:
+            self._send_trace(self._trace)
+        self._trace = StepTrace(client, message.count, message.skip, len(self._startup.ranks))
+
+    def _watch_trace(self, trace: StepTrace) -> None:
+        if trace.complete:
+            self._send_trace(trace)
+            self._trace = None
+        elif trace.must_ask_ranks():
+            self._last_ping = -_PING_SECONDS
+
+    def _send_trace(self, trace: StepTrace) -> None:
+        if not self._clients.send(trace.client, wire.encode(trace.to_message())):
+            self._client_gone(trace.client)
 
     def _add(self, client: bytes, message: wire.AddRequest) -> None:
         if self._scheduler is None:
@@ -240,6 +278,7 @@ class Coordinator:
     # --- workers -------------------------------------------------------------------------------------------
 
     def _from_worker(self, identity: bytes, frame: bytes) -> None:
+        answered = time.monotonic()
         rank = self._rank_of(identity)
         if rank is None:
             log.warning("a frame from an unknown worker %s was dropped", identity.hex())
@@ -247,7 +286,10 @@ class Coordinator:
         try:
             message = wire.decode_from_worker(frame)
             if isinstance(message, wire.StepResult):
-                self._commit(message)
+                self._commit(message, answered)
+            elif isinstance(message, wire.TracedSteps):
+                if self._trace is not None:
+                    self._trace.on_rank(rank, message.times)
             elif isinstance(message, wire.WorkerFailed):
                 self._fail(message.error)
             else:
@@ -308,13 +350,13 @@ class Coordinator:
         self._set_status(wire.EngineStatus("ready", info=info))
         log.info("ready: %d blocks of %d tokens", num_blocks, config.block_size)
 
-    def _commit(self, result: wire.StepResult) -> None:
+    def _commit(self, result: wire.StepResult, now: float) -> None:
         scheduler = self._scheduler
         plan = scheduler.oldest_in_flight if scheduler is not None else None
         if scheduler is None or plan is None or (result.epoch, result.step) != (_EPOCH, plan.step):
             log.warning("the result of step %d of epoch %d was not expected", result.step, result.epoch)
             return
-        now = self._last_step = time.monotonic()
+        self._last_step = now
         logprobs: dict[int, wire.TokenLogprobs] = {}
         if result.logprobs or result.prompt_logprobs:
             by_slot = {row.slot: row.request for row in plan.rows}
@@ -322,6 +364,8 @@ class Coordinator:
             for slot, first, entries in result.prompt_logprobs:
                 by_slot[slot].prompt_logprobs.update(enumerate(entries, start=first))
         self._committed.append((scheduler.commit(wire.unpack_ints(result.tokens), now), logprobs, now))
+        if self._trace is not None:
+            self._trace.committed(result.step, now, time.monotonic())
 
     def _to_workers(self, message: wire.ToWorker) -> None:
         frame = wire.encode(message)

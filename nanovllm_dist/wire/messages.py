@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 1
 CLIENT_FRAME_LIMIT = 16 * 2**20
 RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
+TRACE_LIMIT = 10_000  # steps of one trace
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -121,7 +122,18 @@ class StatsRequest(_Message, frozen=True):
     """Ask for one EngineStats. A client that is not known (any more), and so must not wait, gets ProtocolError."""
 
 
-ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest
+class TraceSteps(_Message, frozen=True):
+    """Time `count` steps, after `skip` more; answered by one StepTrace.
+
+    It comes when their times are there. It comes earlier, with what there is, when the engine has run out of requests
+    since the first of them, or when anyone asks again: there is one trace at a time, and a count of 0 only ends it.
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=TRACE_LIMIT)]
+    skip: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
+
+
+ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps
 
 # --- coordinator -> client ---------------------------------------------------------------------------------
 
@@ -218,13 +230,52 @@ class EngineStats(_Message, frozen=True):
     batch_histogram: dict[int, int]  # rows per step -> steps
 
 
+class StepTimes(_Part, frozen=True):
+    """One step in the coordinator, in seconds of its host's monotonic clock, in this order.
+
+    `planned`: the scheduler was asked for it; `sent`: its frames were handed to the sockets; `answered`: rank 0's
+    result was in hand; `committed`: the scheduler knew it; then the next steps left; `delivering`, `delivered`: its
+    outputs were handed to the clients' sockets in between. `rows` and `tokens` are what it ran.
+    """
+
+    step: int
+    rows: int
+    tokens: int
+    planned: float
+    sent: float
+    answered: float
+    committed: float
+    delivering: float
+    delivered: float
+
+
+class RankTimes(_Part, frozen=True):
+    """One step on one rank, in seconds of its host's monotonic clock, in this order.
+
+    `received`: its frame was in hand; `launched`: its inputs were made and the device had its work; `done`: its tokens
+    were on the host, as the host noticed. A device that is busy with the step before begins after `launched`.
+    """
+
+    step: int
+    received: float
+    launched: float
+    done: float
+
+
+class StepTrace(_Message, frozen=True):
+    """Times of consecutive steps, and of these on each rank (a rank that said nothing has none)."""
+
+    steps: list[StepTimes]
+    ranks: list[list[RankTimes]]
+
+
 class ProtocolError(_Message, frozen=True):
     """The answer to a frame that is not a ClientMessage."""
 
     error: ErrorInfo
 
 
-ServerMessage = EngineStatus | Outputs | EngineStats | ProtocolError
+ServerMessage = EngineStatus | Outputs | EngineStats | StepTrace | ProtocolError
 
 # --- coordinator -> worker ---------------------------------------------------------------------------------
 
@@ -264,7 +315,7 @@ class Step(_Message, frozen=True):
     """One step: rows in order (decodes first), each with its count of tokens; everything else is a delta.
 
     `grow_slots[i]` gets block `grow_blocks[i]` appended to its table. A row samples when its count reaches the
-    end of its known tokens (the sampled one in flight included).
+    end of its known tokens (the sampled one in flight included). Every rank keeps the times of a `traced` step.
     """
 
     epoch: int
@@ -274,10 +325,14 @@ class Step(_Message, frozen=True):
     grow_slots: bytes
     grow_blocks: bytes
     new_rows: list[NewRow]
+    traced: bool = False
 
 
 class Ping(_Message, frozen=True):
-    """Sent when idle, so that a worker can tell a quiet coordinator from a dead one."""
+    """Sent every second, so that a worker can tell a quiet coordinator from a dead one.
+
+    A rank that has kept times of steps answers with TracedSteps: not step by step, which would disturb what is timed.
+    """
 
 
 class Shutdown(_Message, frozen=True):
@@ -319,7 +374,7 @@ class StepResult(_Message, frozen=True):
     """Rank 0's answer: one token for each sampling row, in the plan's order.
 
     `logprobs`: (slot, logprobs) of rows that asked; `prompt_logprobs`: (slot, first position, logprobs...) of
-    the prompt positions that this step ran. `device_us`: wall time of the forward and the sampling.
+    the prompt positions that this step ran.
     """
 
     epoch: int
@@ -327,7 +382,12 @@ class StepResult(_Message, frozen=True):
     tokens: bytes
     logprobs: list[tuple[int, TokenLogprobs]]
     prompt_logprobs: list[tuple[int, int, list[TokenLogprobs]]]
-    device_us: int
+
+
+class TracedSteps(_Message, frozen=True):
+    """The times of traced steps that were done since the last ones were sent."""
+
+    times: list[RankTimes]
 
 
 class WorkerFailed(_Message, frozen=True):
@@ -336,7 +396,7 @@ class WorkerFailed(_Message, frozen=True):
     error: ErrorInfo
 
 
-FromWorker = WorkerHello | WorkerProgress | CacheMeasured | WorkerReady | StepResult | WorkerFailed
+FromWorker = WorkerHello | WorkerProgress | CacheMeasured | WorkerReady | StepResult | TracedSteps | WorkerFailed
 
 # --- launcher -> its processes (JSON on standard input), and their first line of standard output ------------
 

@@ -58,7 +58,7 @@ class Graphs:
         recorded = self._recorded.get(key)
         if recorded is None:
             recorded = self._recorded[key] = self._new(arrays, body)
-        self._transfers.upload(arrays, into=recorded.packed)
+        self._transfers.upload_into(recorded.packed, arrays)
         recorded.replay()
         outputs: T = recorded.outputs
         return outputs

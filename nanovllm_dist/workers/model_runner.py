@@ -19,54 +19,21 @@ from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.loader import dummy_weights, load_weights
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.registry import build_model
-from nanovllm_dist.wire.messages import NewRow, Step, StepResult, TokenLogprobs, pack_ints, unpack_ints
+from nanovllm_dist.wire.messages import NewRow, Step, TokenLogprobs, unpack_ints
 from nanovllm_dist.workers import kv_cache
 from nanovllm_dist.workers.batch import Batch, StepRows, StepShape
 from nanovllm_dist.workers.graphs import Graphs, chunk_shape, chunk_shapes, decode_size, decode_sizes
 from nanovllm_dist.workers.logprobs import prompt_logprobs
 from nanovllm_dist.workers.platform.base import Platform
 from nanovllm_dist.workers.profile_steps import profile_steps
+from nanovllm_dist.workers.running_step import RunningStep
 from nanovllm_dist.workers.sampler import Sampler
 from nanovllm_dist.workers.sampling_random import uniform
 from nanovllm_dist.workers.sampling_table import SamplingTable
-from nanovllm_dist.workers.transfers import Array, HostCopy
+from nanovllm_dist.workers.transfers import Array
 
 # Prompt log-probabilities need logits of every position: this many rows of the vocabulary at once
 _LOGIT_ROWS = 256
-
-
-class RunningStep:
-    """A step that the device may still be busy with; rank 0's."""
-
-    def __init__(
-        self,
-        step: Step,
-        started: float,
-        copy: HostCopy,
-        logprobs: list[tuple[int, TokenLogprobs]],
-        prompt: list[tuple[int, int, list[TokenLogprobs]]],
-    ) -> None:
-        self._step = step
-        self._started = started
-        self._copy = copy
-        self._logprobs = logprobs
-        self._prompt = prompt
-
-    def done(self) -> bool:
-        """Whether `result` would not wait."""
-        return self._copy.done()
-
-    def result(self) -> StepResult:
-        """Waits for the device."""
-        tokens = pack_ints(self._copy.tokens())
-        return StepResult(
-            epoch=self._step.epoch,
-            step=self._step.step,
-            tokens=tokens,
-            logprobs=self._logprobs,
-            prompt_logprobs=self._prompt,
-            device_us=int((time.perf_counter() - self._started) * 1e6),
-        )
 
 
 class ModelRunner:
@@ -98,6 +65,7 @@ class ModelRunner:
         self._shapes = chunk_shapes(config.max_num_batched_tokens, config.max_num_seqs)
         self._logits = torch.empty(0)
         self._kv_caches: kv_cache.KVCache = []
+        self._launched = 0.0  # when the device had the work of the step that is being started
 
     def load(self, progress: Callable[[int, int], None]) -> None:
         """Fill the weights: from the checkpoint, or random ones with load_format=dummy. Raises WeightsError."""
@@ -106,6 +74,7 @@ class ModelRunner:
         else:
             load_weights(self.model, self.config.model, progress)
         self.model.finalize()
+        self._platform.synchronize()  # kernels may read weights ahead of their turn
 
     def measure_blocks(self) -> int:
         """How many cache blocks this rank can hold, found after steps that take what activations take."""
@@ -130,8 +99,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def start(self, step: Step) -> RunningStep | None:
-        """Start one step; rank 0 returns it, the others None. Steps run in the order of their start."""
-        started = time.perf_counter()
+        """Start one step; rank 0 returns it, others only when it is traced. Steps run in the order of their start."""
         for row in step.new_rows:
             self._enter(row)
         rows = self._batch.begin(step)
@@ -140,9 +108,9 @@ class ModelRunner:
             prompt: list[tuple[int, int, list[TokenLogprobs]]] = []
         else:
             tokens, logprobs, prompt = self._run(rows)
-        if self._comm.rank != 0:
+        if self._comm.rank != 0 and not step.traced:
             return None
-        return RunningStep(step, started, self._transfers.download(tokens), logprobs, prompt)
+        return RunningStep(step, self._launched, self._transfers.download(tokens), logprobs, prompt)
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -157,10 +125,13 @@ class ModelRunner:
         shape = None if self._graphs is None else chunk_shape(self._shapes, rows.shape)
         if self._graphs is None or shape is None:
             inputs = self._transfers.upload(self._batch.step_arrays(rows, rows.shape))
-            hidden = self._forward(inputs, self._batch.host_attention(inputs, rows, self._kv_caches))
+            attention = self._batch.host_attention(inputs, rows, self._kv_caches)
+            self._launched = time.monotonic()
+            hidden = self._forward(inputs, attention)
         else:
             arrays = self._batch.step_arrays(rows, shape)
             hidden = self._graphs.run(shape, arrays, lambda inputs: self._chunk(inputs, shape))
+            self._launched = time.monotonic()
         prompt = [self._prompt_logprobs(hidden, *wanted) for wanted in self._batch.prompt_rows(rows)]
         if not len(rows.sample_slots):
             return torch.empty(0, dtype=torch.int64, device=self._device), [], prompt
@@ -194,6 +165,7 @@ class ModelRunner:
         size = decode_size(self._sizes, count)
         arrays = [*self._batch.decode_arrays(rows, size), *self._draws(rows, size)]
         sampled, logits = graphs.run(size, arrays, self._decode)
+        self._launched = time.monotonic()
         if not self._table.any_special(rows.slots, rows.ends):
             return sampled[:count], []
         tokens, logprobs = self._sample_on_rank_0(logits[:count], rows)

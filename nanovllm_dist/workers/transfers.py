@@ -33,12 +33,12 @@ class HostCopy(Protocol):
 class Transfers(Protocol):
     """Of one device, used by one thread."""
 
-    def upload(self, arrays: Sequence[Array], into: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Device tensors of the same contents, shapes and dtypes, valid in the order of the device's work.
+    def upload(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
+        """Device tensors of the same contents, shapes and dtypes, valid in the order of the device's work."""
+        ...
 
-        `into`: a uint8 tensor on the device, of `packed_size(arrays)` bytes, that holds them from then on; arrays
-        of the same shapes always land at the same places in it.
-        """
+    def upload_into(self, packed: torch.Tensor, arrays: Sequence[Array]) -> None:
+        """Write them to `packed`, a uint8 tensor on the device of `packed_size(arrays)` bytes: see `views`."""
         ...
 
     def download(self, tokens: torch.Tensor) -> HostCopy:
@@ -82,15 +82,14 @@ class _Arrived:
 class DirectTransfers:
     """For a device that works on the host's own memory."""
 
-    def upload(self, arrays: Sequence[Array], into: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """The arrays themselves, or copied `into` its memory."""
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-        if into is None:
-            return tensors
-        held = views(into, arrays)
-        for target, tensor in zip(held, tensors, strict=True):
+    def upload(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
+        """The arrays themselves."""
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+
+    def upload_into(self, packed: torch.Tensor, arrays: Sequence[Array]) -> None:
+        """A copy."""
+        for target, tensor in zip(views(packed, arrays), self.upload(arrays), strict=True):
             target.copy_(tensor)
-        return held
 
     def download(self, tokens: torch.Tensor) -> HostCopy:
         """They are there."""

@@ -30,7 +30,7 @@ from nanovllm_dist.workers.platform import get_platform
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-    from nanovllm_dist.workers.model_runner import RunningStep
+    from nanovllm_dist.workers.running_step import RunningStep
 
 T = TypeVar("T", bound="wire.ToWorker")
 log = logging.getLogger("worker")
@@ -56,6 +56,8 @@ class Worker:
             self._context, spec.worker_endpoint, wire.STEP_FRAME_LIMIT, spec.keys, wire.worker_identity(spec.rank)
         )
         self._last_progress = 0.0
+        self._received = 0.0  # when the last frame was in hand
+        self._traced: list[wire.RankTimes] = []
 
     def run(self) -> int:
         """Serve until told to leave. Returns the exit code."""
@@ -94,21 +96,36 @@ class Worker:
 
     def _steps(self, start: Callable[[wire.Step], RunningStep | None]) -> None:
         """Start steps as they come; answer each when it is done, but start the next first if it is here."""
-        running: deque[RunningStep] = deque()
+        running: deque[tuple[RunningStep, float]] = deque()
         while True:
             while running and not self._channel.waiting():
-                if running[0].done() or len(running) == self._spec.config.max_steps_in_flight:
-                    self._send(running.popleft().result())
+                if running[0][0].done() or len(running) == self._spec.config.max_steps_in_flight:
+                    self._answer(*running.popleft())
                 else:
                     time.sleep(_LOOK_SECONDS)
             message = self._receive()
             if isinstance(message, wire.Ping):
+                self._report_traced()
                 continue
+            received = self._received
             step = start(self._require(wire.Step, message))
             if step is not None:
-                running.append(step)
+                running.append((step, received))
                 if step.done():  # where nothing runs ahead of the host
-                    self._send(running.popleft().result())
+                    self._answer(*running.popleft())
+
+    def _answer(self, step: RunningStep, received: float) -> None:
+        result = step.result()
+        done = time.monotonic()
+        if self._spec.rank == 0:
+            self._send(result)
+        if step.traced:
+            self._traced.append(wire.RankTimes(step.number, received, step.launched, done))
+
+    def _report_traced(self) -> None:
+        if self._traced:
+            self._send(wire.TracedSteps(self._traced))
+            self._traced = []
 
     def _rendezvous(self) -> Store | None:
         """The store over which the ranks find each other; rank 0 serves it on a port of the system's choosing."""
@@ -134,6 +151,7 @@ class Worker:
 
     def _receive(self) -> wire.ToWorker:
         frame = self._channel.receive(_SILENCE_SECONDS)
+        self._received = time.monotonic()
         if frame is None:
             raise EngineDeadError(f"the coordinator has been silent for {_SILENCE_SECONDS:.0f} s")
         return wire.decode_to_worker(frame)

@@ -127,3 +127,19 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     result = bench("scheduler", "--plot", str(tmp_path / "costs.svg"))
     assert result.exit_code == 2
     assert result.stderr == "error: --plot needs matplotlib: install nanovllm_dist[bench]\n"
+
+
+@pytest.mark.parametrize("command", ["throughput", "load", "suite"])
+@pytest.mark.parametrize("steps", ["1", "10001"])
+def test_a_number_of_steps_that_cannot_be_traced_is_refused(command: str, steps: str, tmp_path: Path) -> None:
+    where = ("--output", str(tmp_path)) if command == "suite" else ()
+    result = bench(command, "-m", "none", *where, "--trace-steps", steps)
+    assert result.exit_code == 2
+    assert f"--trace-steps {steps} is not from 2 to 10,000" in result.output
+
+
+@pytest.mark.parametrize("command", ["throughput", "load"])
+def test_a_trace_that_could_not_be_kept_is_refused_before_the_measurement(command: str, tmp_path: Path) -> None:
+    result = bench(command, "-m", "none", "--trace", str(tmp_path / "no" / "such.trace"))
+    assert result.exit_code == 2
+    assert "--trace" in result.output

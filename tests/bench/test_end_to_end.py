@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -31,6 +33,10 @@ def bench(model: Path, directory: Path, command: str, *arguments: str) -> Report
     return read_json(str(path))
 
 
+def spans_of(trace: Path, name: str) -> list[dict[str, Any]]:
+    return [one for one in json.loads(trace.read_text())["traceEvents"] if one["name"] == name]
+
+
 def test_throughput_beside_transformers_accounts_for_every_token(tiny_model: Path, tmp_path: Path) -> None:
     report = bench(
         tiny_model,
@@ -45,6 +51,10 @@ def test_throughput_beside_transformers_accounts_for_every_token(tiny_model: Pat
         "40",
         "--flops",
         "1",
+        "--trace",
+        str(tmp_path / "steps.trace"),
+        "--trace-steps",
+        "4",
     )
     assert isinstance(report, ThroughputReport)
     work, counters = report.workload, report.counters
@@ -65,6 +75,13 @@ def test_throughput_beside_transformers_accounts_for_every_token(tiny_model: Pat
     assert 0.0 < report.achieved.share < 1.0
     assert 0.0 < report.achieved.cache_bandwidth < 40e9
     assert report.engine.options["max_num_seqs"] == 4
+    assert report.steps is not None
+    assert report.steps.span.count == 3
+    assert report.steps.device.mean + report.steps.device_idle.mean == pytest.approx(report.steps.interval.mean)
+    assert {one["args"]["step"] for one in spans_of(tmp_path / "steps.trace", "step")} == {
+        one["args"]["step"] for one in spans_of(tmp_path / "steps.trace", "schedule")
+    }
+    assert len(spans_of(tmp_path / "steps.trace", "step")) == 4
 
 
 def test_latency_times_every_token(tiny_model: Path, tmp_path: Path) -> None:
@@ -110,10 +127,13 @@ def test_a_suite_measures_on_one_engine_and_keeps_a_report_of_each(tiny_model: P
     load = ("--rate", "20", "--seconds", "0.2")
     directory = tmp_path / "new" / "reports"
     result = CliRunner().invoke(
-        app, ["suite", *small, "--kv-cache-memory", "4MiB", *work, *load, "--output", str(directory)]
+        app, ["suite", *small, "--kv-cache-memory", "4MiB", *work, *load, "--output", str(directory), "--trace"]
     )
     assert result.exit_code == 0, result.output
-    reports = {path.stem: read_json(str(path)) for path in directory.iterdir()}
+    reports = {path.stem: read_json(str(path)) for path in directory.glob("*.json")}
+    traces = {path.stem: spans_of(path, "step") for path in directory.glob("*.trace")}
+    assert set(traces) == set(reports)
+    assert traces["throughput-random"]
     assert set(reports) == {"throughput-random", "throughput-c2", "load"}
     assert isinstance(reports["throughput-random"], ThroughputReport)
     assert reports["throughput-random"].workload.num_requests == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from rich.console import Console
+from traced_steps import traced_window
 
 from nanovllm_dist.bench.distribution import Distribution
 from nanovllm_dist.bench.engine_run import EngineCounters, HostTime
@@ -29,6 +30,7 @@ from nanovllm_dist.bench.roofline import Achieved, Limit
 from nanovllm_dist.bench.scheduler_cost import SchedulerReport, StepCost
 from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary
 from nanovllm_dist.bench.startup import StartupReport
+from nanovllm_dist.bench.step_breakdown import breakdown
 from nanovllm_dist.bench.throughput import Comparison, Rates, ThroughputReport
 
 TIMES = Distribution(count=4, mean=0.0123, p50=0.012, p90=0.02, p99=0.0456)
@@ -79,6 +81,7 @@ THROUGHPUT = ThroughputReport(
     comparison=Comparison("transformers", "default", 32, RATES, 1.25, [1.0, 1.25, 1.5]),
     limit=LIMIT,
     achieved=Achieved(share=0.4, cache_bandwidth=2.107e12, attention_bandwidth=2.513e12),
+    steps=breakdown(traced_window(11)),
 )
 LATENCY = LatencyReport(
     environment=describe_environment(),
@@ -111,6 +114,7 @@ LOAD = LoadReport(
             lateness=msgspec.structs.replace(TIMES, p99=0.0037),
             client_cpu=0.21,
             counters=COUNTERS,
+            steps=breakdown(traced_window(11)),
         )
     ],
 )
@@ -189,6 +193,26 @@ def test_the_throughput_table_shows_the_bandwidth_of_keys_and_values() -> None:
     text = shown(THROUGHPUT)
     assert "2,107" in text
     assert "2,513" in text
+
+
+@pytest.mark.parametrize("report", [THROUGHPUT, LOAD], ids=lambda one: type(one).__name__)
+def test_the_table_of_steps_shows_every_phase_and_how_long_the_device_was_idle(report: Report) -> None:
+    text = shown(report)
+    assert "10 steps in a row, 8.0 rows" in text
+    for phase, mean in (
+        ("schedule", "100"),
+        ("send", "400"),
+        ("prepare", "1,000"),
+        ("device (sampling is part of it)", "3,000"),
+        ("return", "500"),
+        ("sum", "5,700"),
+        ("the device idle", "1,000"),
+    ):
+        assert any(phase in line and mean in line for line in text.splitlines()), phase
+
+
+def test_a_report_of_a_run_in_which_no_step_was_traced_has_no_table_of_steps() -> None:
+    assert "steps in a row" not in shown(msgspec.structs.replace(THROUGHPUT, steps=None))
 
 
 def test_the_load_table_shows_the_rate_the_refused_and_what_the_client_added() -> None:

@@ -67,6 +67,17 @@ def test_metrics_tell_queue_first_token_and_time_per_token(llm: LLM) -> None:
     assert metrics.per_token == pytest.approx((metrics.total - metrics.first_token) / 7)
 
 
+def test_steps_are_timed_for_who_asks(llm: LLM) -> None:
+    window = llm.trace_steps(4, skip=2)
+    llm.generate("Hello", SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+    trace = window.result(5)
+    assert [one.rows for one in trace.steps] == [1] * 4
+    for step, rank in zip(trace.steps, trace.ranks[0], strict=True):
+        assert step.planned <= rank.received <= rank.launched < rank.done <= step.answered <= step.delivered
+    with pytest.raises(InvalidRequestError, match="can be traced"):
+        llm.trace_steps(-1)
+
+
 @pytest.mark.parametrize("kind", [None, "delta", "cumulative"])
 def test_a_stream_adds_up_to_the_whole_answer(llm: LLM, kind: str | None) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, output_kind=kind)  # type: ignore[arg-type]

@@ -45,6 +45,11 @@ CONFIGS: dict[str, Any] = {
         **_SHAPE, **_heads(4, 2), hidden_size=256, intermediate_size=512, head_dim=128, tie_word_embeddings=True
     ),
 }
+# With so few tokens near ties are rare enough not to look for them
+SMALL_VOCAB = 97
+_SMALL = Qwen3Config(
+    **(_SHAPE | {"vocab_size": SMALL_VOCAB}), **_heads(6, 2), hidden_size=192, intermediate_size=320, head_dim=96
+)
 
 
 @dataclass(frozen=True)
@@ -84,24 +89,29 @@ def _choose(logits: torch.Tensor, params: SamplingParams, position: int) -> tupl
     return int((edges <= number).sum()), bool((edges - number).abs().min() > NEAR_EDGE)
 
 
-def make_checkpoint(name: str, directory: Path) -> Checkpoint:
-    """The random model of `CONFIGS[name]`: always the same weights, whatever transformers initialises with."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+def make_small_checkpoint(directory: Path) -> Checkpoint:
+    """One of SMALL_VOCAB tokens."""
+    return make_checkpoint(_SMALL, directory)
+
+
+def make_checkpoint(config: Any, directory: Path) -> Checkpoint:
+    """A random model of this transformers config: always the same weights, whatever transformers initialises with."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in sorted(model.named_parameters()):
-            mean, spread = _distribution(key, parameter, CONFIGS[name].tie_word_embeddings)
+            mean, spread = _distribution(key, parameter, config.tie_word_embeddings)
             parameter.copy_(mean + spread * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
-    backend = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
+    backend = Tokenizer(models.WordLevel({f"w{token}": token for token in range(config.vocab_size)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(directory / "tokenizer.json"))
     return Checkpoint(directory, model)
 
 
-def random_tokens(count: int, seed: int) -> list[int]:
+def random_tokens(count: int, seed: int, vocab: int = VOCAB) -> list[int]:
     """`count` token ids, the same on every machine."""
-    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _distribution(key: str, parameter: torch.Tensor, tied: bool) -> tuple[float, float]:

@@ -21,7 +21,8 @@ from nanovllm_dist.launcher.resolve import resolve_config
 from nanovllm_dist.models.parallel import SingleRank
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire.messages import NewRow, Step, pack_ints
-from nanovllm_dist.workers.model_runner import ModelRunner, RunningStep
+from nanovllm_dist.workers.model_runner import ModelRunner
+from nanovllm_dist.workers.running_step import RunningStep
 from nanovllm_dist.workers.platform import get_platform
 
 _STEPS = 40

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def check(llm: LLM, workload: Workload, salt: str = "") -> None:
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def workload(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workload:
     """Of Llama, Qwen2 and Qwen3."""
-    return make_workload(make_checkpoint(request.param, tmp_path_factory.mktemp(request.param)))
+    return make_workload(make_checkpoint(CONFIGS[request.param], tmp_path_factory.mktemp(request.param)))
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +205,11 @@ def test_special_rows_get_what_they_ask_for(company: Company) -> None:
     plain, tokens = company.plain, {name: output.token_ids for name, (_, output) in company.special.items()}
     assert all(len(ids) == TOKENS and 0 <= min(ids) <= max(ids) < VOCAB for ids in tokens.values())
     assert tokens["top_k of one"] == tokens["logprobs"] == tokens["prompt_logprobs"] == tokens["min_tokens"] == plain
-    assert set(tokens["allowed_token_ids"]) == {3, 14, 159}
+    assert set(tokens["allowed_token_ids"]) <= {3, 14, 159}
     assert tokens["logit_bias"] == [5] * TOKENS
     banned = tokens["bad_words"]
     assert plain[0] not in banned
-    assert (plain[3], plain[4]) not in zip(banned, banned[1:], strict=False)
+    assert (plain[3], plain[4]) not in pairwise(banned)
 
 
 def test_log_probabilities_are_those_of_transformers(workload: Workload, company: Company) -> None:

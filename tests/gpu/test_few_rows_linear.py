@@ -1,4 +1,4 @@
-"""The products of a few rows against fp64 on the same rounded inputs, and kernels that start before the last has ended."""
+"""The product of a few rows against fp64 on equal inputs, and kernels that start before the last one ends."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ pytest.importorskip("triton")
 
 from nanovllm_dist.workers.kernels import dependent_launch
 from nanovllm_dist.workers.kernels.activation import silu_mul
-from nanovllm_dist.workers.kernels.few_rows_linear import (
-    MAX_ROWS,
-    few_rows_linear,
-    few_rows_norm_linear,
-    few_rows_silu_linear,
-)
+from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_linear, max_rows
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
 
 # Where the interpreter runs the kernels (TRITON_INTERPRET=1) there is no GPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Half of a dtype's step relative to a number: what one rounding may cost
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 # Of the sum of the terms' sizes: what fp32 sums of up to some thousand terms, added up in a tree, may cost
 SUM_UNIT = 2.0**-19
 # Output and input features: whole tiles, fewer than a tile, odd rows that no wide load can read, a ragged last tile
 SHAPES = [(768, 1024), (5, 64), (37, 333), (130, 1), (300, 3072), (1030, 6400)]
-ROWS = [1, 2, 3, 5, MAX_ROWS]
+ROWS = [1, 2, 3, 4]
 
 needs_graphs = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -40,11 +34,11 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
 
 
-def assert_product(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inputs_off: float = 0.0) -> None:
-    """actual == x @ weight.T but for its rounding, the fp32 sums, and inputs that are `inputs_off` (relative) off."""
+def assert_product(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """actual == x @ weight.T but for its rounding and the fp32 sums."""
     exact = x.double() @ weight.double().t()
     sizes = x.double().abs() @ weight.double().abs().t()
-    allowed = 1.01 * UNIT[actual.dtype] * exact.abs() + (SUM_UNIT + inputs_off) * sizes + 2.0**-24
+    allowed = 1.01 * UNIT[actual.dtype] * exact.abs() + SUM_UNIT * sizes + 2.0**-24
     assert actual.shape == exact.shape
     assert bool(((actual.double() - exact).abs() <= allowed).all())
 
@@ -52,28 +46,34 @@ def assert_product(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, 
 class TestFewRowsLinear:
     """few_rows_linear(x, weight) -> x @ weight.T"""
 
-    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("rows", ROWS)
-    def test_is_the_product(self, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        x, weight = random(rows, shape[1], dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    def test_is_the_product(self, rows: int, shape: tuple[int, int]) -> None:
+        x, weight = random(rows, shape[1], dtype=torch.bfloat16), random(*shape, dtype=torch.bfloat16, seed=1)
+        assert_product(few_rows_linear(x, weight), x, weight)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    @pytest.mark.parametrize("shape", [(768, 1024), (37, 333), (1030, 6400)])
+    def test_is_the_product_in_other_dtypes(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        x, weight = random(2, shape[1], dtype=dtype), random(*shape, dtype=dtype, seed=1)
         assert_product(few_rows_linear(x, weight), x, weight)
 
     def test_rows_may_be_apart_and_go_to_rows_apart(self) -> None:
         wide, weight = random(3, 1500, dtype=torch.bfloat16), random(300, 1024, dtype=torch.bfloat16, seed=1)
-        out = torch.zeros(3, 400, dtype=torch.bfloat16, device=DEVICE)
-        result = few_rows_linear(wide[:, 100:1124], weight, out[:, 50:350])
+        out = torch.zeros(4, 400, dtype=torch.bfloat16, device=DEVICE)
+        result = few_rows_linear(wide[:, 100:1124], weight, out[:3, 50:350])
         assert result.data_ptr() == out[:, 50:].data_ptr()
         assert torch.equal(result, few_rows_linear(wide[:, 100:1124].contiguous(), weight))
         assert not out[:, :50].any()
         assert not out[:, 350:].any()
+        assert not out[3].any()
 
     @pytest.mark.parametrize("shape", [(768, 1024), (1030, 6400)])
     def test_a_row_is_the_same_alone_and_among_others(self, shape: tuple[int, int]) -> None:
         x, weight = random(MAX_ROWS, shape[1], dtype=torch.bfloat16), random(*shape, dtype=torch.bfloat16, seed=1)
         together = few_rows_linear(x, weight)
-        for row in range(MAX_ROWS):
-            assert torch.equal(few_rows_linear(x[row : row + 1], weight)[0], together[row])
+        for rows in range(1, MAX_ROWS):
+            assert torch.equal(few_rows_linear(x[MAX_ROWS - rows :], weight), together[MAX_ROWS - rows :])
 
     def test_no_rows_and_no_features(self) -> None:
         x, weight = random(2, 64, dtype=torch.float32), random(5, 64, dtype=torch.float32)
@@ -86,6 +86,8 @@ class TestFewRowsLinear:
             few_rows_linear(random(MAX_ROWS + 1, 64, dtype=torch.float32), weight)
         with pytest.raises(ValueError, match="x "):
             few_rows_linear(x[:, ::2], weight[:, :32].contiguous())
+        with pytest.raises(ValueError, match="x "):
+            few_rows_linear(x.double(), weight.double())
         with pytest.raises(ValueError, match="weight "):
             few_rows_linear(x, weight.half())
         with pytest.raises(ValueError, match="weight "):
@@ -94,52 +96,17 @@ class TestFewRowsLinear:
             few_rows_linear(x, weight, torch.empty(2, 6, device=DEVICE))
 
 
-class TestFewRowsSiluLinear:
-    """few_rows_silu_linear(gate_up, weight): the product of what `silu_mul` gives."""
+class TestMaxRows:
+    """max_rows(weight): up to how many rows the kernel is the faster one."""
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("rows", ROWS)
-    def test_is_the_product_of_the_activation(self, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        gate_up, weight = random(rows, 2 * shape[1], dtype=dtype), random(*shape, dtype=dtype, seed=1)
-        assert_product(few_rows_silu_linear(gate_up, weight), silu_mul(gate_up), weight)
+    @pytest.mark.parametrize(("size", "rows"), [(1024, 4), (4096, 4), (5120, 2), (6400, 2), (20480, 2), (20481, 0)])
+    def test_is_less_for_longer_rows(self, size: int, rows: int) -> None:
+        assert max_rows(torch.empty(8, size, dtype=torch.bfloat16)) == rows
 
-    def test_an_input_without_the_other_half_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="x "):
-            few_rows_silu_linear(random(1, 64, dtype=torch.float32), random(5, 64, dtype=torch.float32))
-
-
-class TestFewRowsNormLinear:
-    """few_rows_norm_linear(x, residual, norm_weight, eps, weight): the product of what `add_rms_norm` gives."""
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("rows", ROWS)
-    def test_is_the_product_of_the_norm(self, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        x, residual = random(rows, shape[1], dtype=dtype), random(rows, shape[1], dtype=dtype, seed=2)
-        norm_weight, weight = random(shape[1], dtype=dtype, seed=3), random(*shape, dtype=dtype, seed=1)
-        before = residual.clone()
-        output, total = few_rows_norm_linear(x, residual, norm_weight, EPS, weight)
-        assert torch.equal(residual, before)
-        normed, expected_total = add_rms_norm(x, residual, norm_weight, EPS)
-        assert torch.equal(total, expected_total)
-        # The mean square is summed in another order, so each of two roundings may go the other way
-        assert_product(output, normed, weight, inputs_off=4 * UNIT[dtype])
-
-    @pytest.mark.parametrize("rows", ROWS)
-    def test_without_a_residual_the_total_is_x(self, rows: int) -> None:
-        wide, norm_weight = random(rows, 1500, dtype=torch.float32), random(1024, dtype=torch.float32, seed=3)
-        x, weight = wide[:, :1024], random(300, 1024, dtype=torch.float32, seed=1)
-        output, total = few_rows_norm_linear(x, None, norm_weight, EPS, weight)
-        assert total is x
-        assert_product(output, add_rms_norm(x, None, norm_weight, EPS)[0], weight, inputs_off=2.0**-22)
-
-    def test_what_does_not_fit_is_refused(self) -> None:
-        x, weight = random(2, 64, dtype=torch.float32), random(5, 64, dtype=torch.float32)
-        with pytest.raises(ValueError, match="norm weight"):
-            few_rows_norm_linear(x, None, weight[0, :32], EPS, weight)
-        with pytest.raises(ValueError, match="residual"):
-            few_rows_norm_linear(x, x[:1], weight[0], EPS, weight)
+    def test_is_none_for_what_the_kernel_refuses(self) -> None:
+        assert max_rows(torch.empty(8, 64, dtype=torch.float64)) == 0
+        assert max_rows(torch.empty(8, 64, dtype=torch.int8)) == 0
+        assert max_rows(torch.empty(64, 8, dtype=torch.bfloat16).t()) == 0
 
 
 @needs_graphs
@@ -159,22 +126,16 @@ class TestDependentLaunch:
         def run() -> torch.Tensor:
             x, residual = start.clone(), start.clone()
             for layer in range(self.LAYERS):
-                if layer % 3 == 0:
-                    normed, residual = add_rms_norm(x, residual, norm_weight, EPS)
-                    gate_up = few_rows_linear(normed, up[layer % 5])
-                else:
-                    gate_up, residual = few_rows_norm_linear(x, residual, norm_weight, EPS, up[layer % 5])
-                if layer % 2:
-                    x = few_rows_silu_linear(gate_up, down[layer % 3])
-                elif layer % 7 == 0:
-                    x = F.linear(silu_mul(gate_up), down[layer % 3])
-                else:
-                    x = few_rows_linear(silu_mul(gate_up), down[layer % 3])
+                normed, residual = add_rms_norm(x, residual, norm_weight, EPS)
+                gate_up = few_rows_linear(normed, up[layer % 5])
+                # Now and then a kernel that takes no part
+                linear = F.linear if layer % 7 == 0 else few_rows_linear
+                x = linear(silu_mul(gate_up), down[layer % 3])
             return torch.cat((x, residual))
 
         return run
 
-    @pytest.mark.parametrize("rows", [1, 2, MAX_ROWS])
+    @pytest.mark.parametrize("rows", [1, MAX_ROWS])
     def test_gives_the_same_bits_as_waiting_for_each_kernel(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         run = self.chain(rows)
         monkeypatch.setattr(dependent_launch, "ENABLED", False)
@@ -198,7 +159,4 @@ class TestDependentLaunch:
         torch.cuda.synchronize()
         torch.cuda._sleep(10_000_000)
         late.copy_(x)
-        normed, _ = few_rows_norm_linear(late, None, weight[0], EPS, weight)
-        output = few_rows_linear(late, weight)
-        assert torch.equal(output, expected)
-        assert torch.equal(normed, few_rows_norm_linear(x, None, weight[0], EPS, weight)[0])
+        assert torch.equal(few_rows_linear(late, weight), expected)

@@ -59,8 +59,8 @@ DECODES = [
 ]
 PREFILLS = [Shape("16 x 1k prompts, 16/8 heads", 16, 600, 1400, 16, 8), Shape("1 x 8k, 16/8", 1, 8192, 8192, 16, 8)]
 DECODE_VARIANTS = [
-    paged_decode.config_for(DTYPE, few_rows=False),
-    paged_decode.config_for(DTYPE, few_rows=True),
+    paged_decode.config_for(DTYPE, 256),
+    paged_decode.config_for(DTYPE, 1),
     DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=3, programs_per_processor=5),
     DecodeConfig(128, 16, tile=32, num_warps=2, num_stages=3, programs_per_processor=5),
     DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=4, programs_per_processor=4),

@@ -50,6 +50,7 @@ class Rank(threading.Thread):
         self.endpoint, self.rank, self.num_blocks, self.step_seconds = endpoint, rank, num_blocks, step_seconds
         self.worker = SimulatedWorker(block_size=4, budget=32)
         self.allocated = 0
+        self.traced: list[wire.RankTimes] = []
         self.vanish = threading.Event()
         self.start()
 
@@ -69,12 +70,18 @@ class Rank(threading.Thread):
             if isinstance(message, wire.AllocateCache):
                 self.allocated = message.num_blocks
                 channel.send(wire.encode(wire.WorkerReady()))
+            elif isinstance(message, wire.Ping) and self.traced:
+                channel.send(wire.encode(wire.TracedSteps(self.traced)))
+                self.traced = []
             elif isinstance(message, wire.Step):
+                received = time.monotonic()
                 time.sleep(self.step_seconds)
                 tokens = self.worker.run(frame)
+                if message.traced:
+                    self.traced.append(wire.RankTimes(message.step, received, received, time.monotonic()))
                 if self.rank == 0:
                     channel.send(
-                        wire.encode(wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], [], 1))
+                        wire.encode(wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], []))
                     )
         channel.close()
         context.term()
@@ -249,7 +256,7 @@ def test_an_oversized_frame_harms_nobody(engine: Engine, door: str) -> None:
 def test_a_rank_that_speaks_nonsense_is_ignored_until_it_speaks_sense(engine: Engine) -> None:
     engine.coordinator._from_worker(wire.worker_identity(0), b"nonsense")
     engine.coordinator._from_worker(
-        wire.worker_identity(0), wire.encode(wire.StepResult(0, 999, wire.pack_ints([1]), [], [], 1))
+        wire.worker_identity(0), wire.encode(wire.StepResult(0, 999, wire.pack_ints([1]), [], []))
     )
     _, sink = submit(engine.connect(), [4], max_tokens=4)
     sink.wait()

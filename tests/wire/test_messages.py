@@ -34,7 +34,15 @@ SAMPLES: list[tuple[object, object]] = [
         ]),
         wire.decode_to_worker,
     ),
-    (wire.StepResult(0, 3, wire.pack_ints([2]), [], [], 12), wire.decode_from_worker),
+    (wire.StepResult(0, 3, wire.pack_ints([2]), [], []), wire.decode_from_worker),
+    (wire.TraceSteps(256, 1000), wire.decode_client),
+    (
+        wire.StepTrace(
+            [wire.StepTimes(7, 2, 33, 0.1, 0.2, 0.5, 0.6, 0.7, 0.8)], [[wire.RankTimes(7, 0.25, 0.3, 0.4)], []]
+        ),
+        wire.decode_server,
+    ),
+    (wire.TracedSteps([wire.RankTimes(7, 0.25, 0.3, 0.4)]), wire.decode_from_worker),
     (wire.WorkerFailed(wire.ErrorInfo.of(ConfigError("x"))), wire.decode_from_worker),
 ]  # fmt: skip
 
@@ -95,3 +103,17 @@ def test_a_typed_error_keeps_its_type_and_message_over_the_wire(kind: type[NanoV
     rebuilt = wire.ErrorInfo.of(kind("what happened")).to_exception()
     assert type(rebuilt) is kind
     assert str(rebuilt) == "what happened"
+
+
+@pytest.mark.parametrize(
+    "request_", [wire.TraceSteps(wire.TRACE_LIMIT + 1), wire.TraceSteps(-1), wire.TraceSteps(5, -1)]
+)
+def test_a_trace_has_bounds(request_: wire.TraceSteps) -> None:
+    with pytest.raises(WireError, match="not a message"):
+        wire.decode_client(wire.encode(request_))
+
+
+def test_the_largest_trace_fits_a_frame() -> None:
+    steps = [wire.StepTimes(2**40 + step, 1024, 2**20, *[step + 0.1] * 6) for step in range(wire.TRACE_LIMIT)]
+    times = [wire.RankTimes(one.step, 0.1, 0.1, 0.1) for one in steps]
+    assert len(wire.encode(wire.StepTrace(steps, [times] * 16))) < wire.RESULT_FRAME_LIMIT

@@ -13,7 +13,7 @@ import zmq
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Server
-from nanovllm_dist.workers.model_runner import RunningStep
+from nanovllm_dist.workers.running_step import RunningStep
 from nanovllm_dist.workers.worker import Worker, _LeaveError
 
 STEP_SECONDS = 0.1
@@ -36,12 +36,13 @@ class SlowCopy:
 class Coordinator:
     """The other end of the worker's channel."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rank: int = 0) -> None:
+        self.rank = rank
         self.context = zmq.Context()
         self.server = Server(self.context, f"ipc://{directory}/workers", wire.RESULT_FRAME_LIMIT, None)
         self.started: list[int] = []
         spec = wire.WorkerSpec(
-            config=EngineConfig(model="none", max_steps_in_flight=2), rank=0, worker_endpoint=self.server.endpoint
+            config=EngineConfig(model="none", max_steps_in_flight=2), rank=rank, worker_endpoint=self.server.endpoint
         )
         self.worker = Worker(spec)
         self.thread = threading.Thread(target=self._run)
@@ -53,15 +54,17 @@ class Coordinator:
         with pytest.raises(_LeaveError):
             self.worker._steps(self.start)
 
-    def start(self, step: wire.Step) -> RunningStep:
+    def start(self, step: wire.Step) -> RunningStep | None:
         self.started.append(step.step)
-        return RunningStep(step, time.perf_counter(), SlowCopy(), [], [])
+        if self.rank != 0 and not step.traced:
+            return None
+        return RunningStep(step, time.monotonic(), SlowCopy(), [], [])
 
     def send(self, message: wire.ToWorker) -> None:
-        assert self.server.send(wire.worker_identity(0), wire.encode(message))
+        assert self.server.send(wire.worker_identity(self.rank), wire.encode(message))
 
-    def send_step(self, number: int) -> None:
-        self.send(wire.Step(0, number, b"", b"", b"", b"", []))
+    def send_step(self, number: int, traced: bool = False) -> None:
+        self.send(wire.Step(0, number, b"", b"", b"", b"", [], traced))
 
     def answer(self) -> wire.FromWorker:
         assert self.server.socket.poll(5_000), "no answer came"
@@ -100,3 +103,36 @@ def test_a_ping_does_not_hold_an_answer_back(coordinator: Coordinator) -> None:
     answer = coordinator.answer()
     assert isinstance(answer, wire.StepResult)
     assert answer.step == 0
+
+
+def test_the_times_of_traced_steps_come_with_a_ping_and_not_with_the_steps(coordinator: Coordinator) -> None:
+    sent = time.monotonic()
+    for number, traced in enumerate((False, True, True, False)):
+        coordinator.send_step(number, traced)
+    assert [type(coordinator.answer()) for _ in range(4)] == [wire.StepResult] * 4
+    answered = time.monotonic()
+    coordinator.send(wire.Ping())
+
+    message = coordinator.answer()
+
+    assert isinstance(message, wire.TracedSteps)
+    assert [one.step for one in message.times] == [1, 2]
+    for one in message.times:
+        assert sent <= one.received <= one.launched <= one.done <= answered
+        assert one.done - one.launched >= STEP_SECONDS
+    coordinator.send(wire.Ping())
+    coordinator.send_step(9)
+    assert isinstance(coordinator.answer(), wire.StepResult)  # the second ping had nothing to bring
+
+
+def test_a_rank_that_answers_no_steps_tells_the_times_of_traced_ones(tmp_path: Path) -> None:
+    coordinator = Coordinator(tmp_path, rank=1)
+    for number, traced in enumerate((False, True, True, False)):
+        coordinator.send_step(number, traced)
+    time.sleep(3 * STEP_SECONDS)
+    coordinator.send(wire.Ping())
+    message = coordinator.answer()
+    assert isinstance(message, wire.TracedSteps)
+    assert [one.step for one in message.times] == [1, 2]
+    assert coordinator.started == [0, 1, 2, 3]
+    coordinator.close()

@@ -133,4 +133,4 @@ class DecoderLM(nn.Module):
         """Repack weights for the device. Call once, when they are loaded."""
         for module in self.modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear | LMHead):
-                module.finalize()
+                module.finalize(self._kernels)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm_dist.models.layers.linear_kernel import LinearKernel, pack_linear
+from nanovllm_dist.models.layers.kernels import LayerKernels
+from nanovllm_dist.models.layers.linear_kernel import LinearKernel
 from nanovllm_dist.models.layers.shard import Shard, empty_parameter
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import balanced_range
@@ -76,9 +77,10 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [N, hidden] -> this rank's logits [N, columns] in the model's dtype, written to `out` if given."""
-        if out is not None:
-            return torch.mm(hidden, self._rows.weight.t(), out=out)
-        return self._kernel(hidden) if self._kernel is not None else F.linear(hidden, self._rows.weight)
+        if self._kernel is not None:
+            return self._kernel(hidden, out)
+        weight = self._rows.weight
+        return F.linear(hidden, weight) if out is None else torch.mm(hidden, weight.t(), out=out)
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Every rank's logits -> [N, vocab] in float32 on rank 0, None elsewhere. May be `logits` itself."""
@@ -91,8 +93,8 @@ class LMHead(nn.Module):
         whole = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
         return whole.float()
 
-    def finalize(self) -> None:
+    def finalize(self, kernels: LayerKernels) -> None:
         """Repack the weight for the device; after loading. The plain one stays only if the embedding needs it."""
-        self._kernel = pack_linear(self._rows.weight, None)
+        self._kernel = kernels.pack_linear(self._rows.weight, None)
         if self._kernel is not None and not self._tied:
             self._rows.release()

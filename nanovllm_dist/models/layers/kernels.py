@@ -12,6 +12,7 @@ import torch
 
 from nanovllm_dist.models.layers.activation import silu_and_mul
 from nanovllm_dist.models.layers.attention_batch import AttentionBackend, AttentionBatch
+from nanovllm_dist.models.layers.linear_kernel import LinearKernel, pack_linear
 from nanovllm_dist.models.layers.norm import QueryKeyNorm, add_rms_norm
 from nanovllm_dist.models.layers.rotary import RotaryEmbedding, Rotation, rotate
 
@@ -47,6 +48,10 @@ class LayerKernels(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * size], gates first -> silu(gates) * rest, [T, size]."""
+        ...
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
+        """A kernel over weight [out, in] in a layout of its own, or None where torch's linear is to be used."""
         ...
 
 
@@ -94,3 +99,7 @@ class TorchLayers:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See LayerKernels."""
         return silu_and_mul(gate_up)
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
+        """See LayerKernels."""
+        return pack_linear(weight, bias)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm_dist.models.config import ModelConfig
-from nanovllm_dist.models.layers.linear_kernel import LinearKernel, pack_linear
+from nanovllm_dist.models.layers.kernels import LayerKernels
+from nanovllm_dist.models.layers.linear_kernel import LinearKernel
 from nanovllm_dist.models.layers.shard import Shard, empty_parameter
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import HeadRange, balanced_range
@@ -50,25 +51,19 @@ class PackedLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
         self._kernel: LinearKernel | None = None
 
-    def project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, in] -> x @ weight.T + bias; after `finalize`, `bias` is the one packed with the weight."""
+    def project(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] -> x @ weight.T + bias; after `finalize`, `bias` is the one packed with it. `out`: where to put
+        a product without bias."""
         if self._kernel is not None:
-            return self._kernel(x)
+            return self._kernel(x, out)
         assert self.weight is not None
-        return F.linear(x, self.weight, bias)
+        return F.linear(x, self.weight, bias) if out is None else torch.mm(x, self.weight.t(), out=out)
 
-    def project_into(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """x [T, in] -> x @ weight.T, written to `out` if there is one."""
-        if out is None or self._kernel is not None:
-            return self.project(x, None)
-        assert self.weight is not None
-        return torch.mm(x, self.weight.t(), out=out)
-
-    def pack(self, bias: torch.Tensor | None) -> None:
-        """Repack the weight where that is faster, and free the original. Call once, after loading."""
+    def pack(self, kernels: LayerKernels, bias: torch.Tensor | None) -> None:
+        """Hand the weight to a kernel of the device's where that is faster. Call once, after loading."""
         if self.weight is None:
             return
-        self._kernel = pack_linear(self.weight, bias)
+        self._kernel = kernels.pack_linear(self.weight, bias)
         if self._kernel is not None:
             self.weight = None
 
@@ -90,9 +85,9 @@ class ColumnParallelLinear(PackedLinear):
         """See the class."""
         return self.project(x, self.bias)
 
-    def finalize(self) -> None:
+    def finalize(self, kernels: LayerKernels) -> None:
         """Repack the weight for the device; after loading."""
-        self.pack(self.bias)
+        self.pack(kernels, self.bias)
 
     def shards(self) -> Iterator[Shard]:
         """Weight and bias of every piece."""
@@ -135,12 +130,12 @@ class RowParallelLinear(PackedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
         buffer = self._comm.reduce_buffer(len(x), self.out_features, x.dtype)
-        output = self._comm.all_reduce(self.project_into(x, buffer))
+        output = self._comm.all_reduce(self.project(x, None, buffer))
         return output if self.bias is None else output + self.bias
 
-    def finalize(self) -> None:
+    def finalize(self, kernels: LayerKernels) -> None:
         """Repack the weight for the device; after loading."""
-        self.pack(None)
+        self.pack(kernels, None)
 
     def shards(self) -> Iterator[Shard]:
         """This rank's columns of the weight, and the whole bias."""

@@ -42,7 +42,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
             size,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
-            **launch_options(gate_up.device),
+            **launch_options(),
         )
     return output
 

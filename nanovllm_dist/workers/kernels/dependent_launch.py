@@ -14,25 +14,25 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 import triton
 
 # Off, every kernel starts after the one before has ended
 ENABLED = True
 
-_FIRST_CAPABILITY = (9, 0)
+_FIRST_ARCHITECTURE = 90
 
 
-def launch_options(device: torch.device) -> dict[str, bool]:
-    """Keyword arguments for the launch of a kernel that takes part, on `device`."""
-    if ENABLED and _supported(device):
+def launch_options() -> dict[str, bool]:
+    """Keyword arguments for the launch of a kernel that takes part, on the current device."""
+    if ENABLED and _supported():
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
 
 
 @cache
-def _supported(device: torch.device) -> bool:
-    # Triton's interpreter runs kernels on CPU tensors, and on a GPU's too
-    if device.type != "cuda" or triton.knobs.runtime.interpret:
+def _supported() -> bool:
+    if triton.knobs.runtime.interpret:
         return False
-    return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+    architecture = triton.runtime.driver.active.get_current_target().arch
+    # A number at one vendor, a name at others
+    return isinstance(architecture, int) and architecture >= _FIRST_ARCHITECTURE

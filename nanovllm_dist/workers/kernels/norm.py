@@ -53,7 +53,7 @@ def add_rms_norm(
         SIZE=size,
         BLOCK=block,
         num_warps=min(max(block // (32 * ELEMENTS_PER_THREAD), 1), 16),
-        **launch_options(x.device),
+        **launch_options(),
     )
     return normed, total
 

@@ -19,27 +19,34 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm_dist.workers.kernels.attention_config import DecodeConfig
+from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 from nanovllm_dist.workers.kernels.paged_tiles import LOG2E, block_of, check_layout, load_tile, slots_of, softmax_step
 
 # Rows of a tensor core's smallest tile: groups of fewer query heads are padded to it
 _MIN_ROWS = 16
 # Elements of partial results that a program merges at a time
 _MERGE_ELEMENTS = 4096
+# Up to so many rows: keys of a segment, and most segments of a row
+_CUTS = ((4, (64, 8)), (32, (512, 16)))
+_CUT_OF_MORE = (1024, 16)
+ROW_LIMITS = tuple(limit for limit, _cut in _CUTS)
 _FIELDS = 5  # of a listed segment: row, index in the row, segments of the row, first key, end
 
 
-def config_for(dtype: torch.dtype, *, few_rows: bool) -> DecodeConfig:
-    """The configuration for keys of this dtype on a Hopper GPU.
+def config_for(dtype: torch.dtype, rows: int) -> DecodeConfig:
+    """The configuration for up to `rows` rows with keys of this dtype, measured on a Hopper GPU.
 
-    An H100 reads 256 rows of about 1,000 keys (16 heads over 8) at 87% of its bandwidth with segments of 512, at 68%
-    with 128; one row of 512 keys takes 6.7 us with segments of 64 and 11.0 with 512.
+    The fewer rows, the finer their contexts must be cut to occupy the processors, and the more it costs. An H100 reads
+    256 rows of about 1,000 keys (16 heads over 8) at 91% of its bandwidth with segments of 1,024, at 68% with 128; 16
+    rows at 73% with 512; one row of 512 keys takes 6.9 us with segments of 64 and 11 with 512.
     """
-    segment, max_segments = (64, 8) if few_rows else (512, 16)
+    segment, max_segments = next((cut for limit, cut in _CUTS if rows <= limit), _CUT_OF_MORE)
     if dtype == torch.float32:
         return DecodeConfig(segment, max_segments, tile=32, num_warps=4, num_stages=2, programs_per_processor=2)
-    return DecodeConfig(segment, max_segments, tile=64, num_warps=4, num_stages=3, programs_per_processor=3)
+    return DecodeConfig(segment, max_segments, tile=32, num_warps=2, num_stages=3, programs_per_processor=6)
 
 
 class DecodeWorkspace:
@@ -152,6 +159,7 @@ def decode_attention(
         MERGED=max(1, min(parts, _MERGE_ELEMENTS // merge_width)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch_options(),
     )
     return out
 
@@ -204,8 +212,12 @@ def _decode(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     MERGED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """A program takes every num_programs-th task; task = place in the list * kv_heads + key/value head."""
+    if DEPENDENT:  # the output projection may load its weights meanwhile
+        gdc_launch_dependents()
+        gdc_wait()
     member = tl.arange(0, QUERIES)
     column = tl.arange(0, WIDTH)
     tile_offset = member[:, None] * HEAD_DIM + column[None, :]

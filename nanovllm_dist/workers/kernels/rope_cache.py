@@ -88,7 +88,7 @@ def norm_rope_store(
         BLOCK_SIZE=keys.shape[1],
         HEADS=HEADS_PER_PROGRAM,
         num_warps=max(HEADS_PER_PROGRAM * padded_half // (32 * ELEMENTS_PER_THREAD), 1),
-        **launch_options(qkv.device),
+        **launch_options(),
     )
     return out
 

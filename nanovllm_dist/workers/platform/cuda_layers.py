@@ -5,23 +5,26 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
+from nanovllm_dist.models.layers.linear_kernel import LinearKernel
 from nanovllm_dist.models.layers.norm import QueryKeyNorm
 from nanovllm_dist.models.layers.rotary import RotaryEmbedding
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import split_heads
 from nanovllm_dist.workers.kernels.activation import silu_mul
+from nanovllm_dist.workers.kernels.few_rows_linear import few_rows_linear, max_rows
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
-from nanovllm_dist.workers.kernels.paged_decode import DecodeWorkspace, config_for, decode_attention
+from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS, DecodeWorkspace, config_for, decode_attention
 from nanovllm_dist.workers.kernels.paged_prefill import prefill_attention
 from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
 
-# So few rows leave processors idle unless their contexts are cut finely
-_FEW_ROWS = 4
+# cuBLAS reads a weight of so many rows, an output vocabulary's, at 93% of the bandwidth
+_LARGE = 2**16
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -43,7 +46,7 @@ class TritonLayers:
         self._scale = model.head_dim**-0.5
         processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-        def workspace(max_rows: int, few_rows: bool) -> DecodeWorkspace:
+        def workspace(max_rows: int) -> DecodeWorkspace:
             return DecodeWorkspace(
                 max_rows,
                 heads.num_heads,
@@ -51,16 +54,16 @@ class TritonLayers:
                 model.head_dim,
                 config.max_model_len,
                 processors,
-                config_for(dtype, few_rows=few_rows),
+                config_for(dtype, max_rows),
                 device,
             )
 
-        self._few = workspace(_FEW_ROWS, few_rows=True)
-        self._many = workspace(config.max_num_seqs, few_rows=False)
+        sizes = (min(size, config.max_num_seqs) for size in (*ROW_LIMITS, config.max_num_seqs))
+        self._workspaces = {size: workspace(size) for size in sizes}
 
     def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> _Plan:
         """The work list of the decode rows."""
-        workspace = self._few if batch.num_decodes <= _FEW_ROWS else self._many
+        workspace = next(space for size, space in self._workspaces.items() if batch.num_decodes <= size)
         if batch.num_decodes:
             workspace.prepare(batch.context_lens[: batch.num_decodes])
         return _Plan(workspace, positions, rotary.cos_table, rotary.sin_table)
@@ -126,3 +129,16 @@ class TritonLayers:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See LayerKernels."""
         return silu_mul(gate_up)
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
+        """The plain weight, with a kernel of its own for few rows."""
+        rows = max_rows(weight) if bias is None and len(weight) < _LARGE else 0
+        if not rows:
+            return None
+
+        def kernel(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            if len(x) <= rows:
+                return few_rows_linear(x, weight, out)
+            return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+
+        return kernel

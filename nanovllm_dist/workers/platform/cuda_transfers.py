@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, views
+from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, packed_size, views
 
 # Enough for a step that lets 16,384 tokens of whole prompts in
 _FIRST_BYTES = 2**20
@@ -23,19 +23,22 @@ class PinnedTransfers:
         self._ring = [_Pinned() for _ in range(_UPLOADS_PER_STEP * (steps_in_flight + 1))]
         self._next = 0
 
-    def upload(self, arrays: Sequence[Array], into: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def upload(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
         """See Transfers."""
-        places = offsets(arrays)
+        packed = torch.empty(packed_size(arrays), dtype=torch.uint8, device=self._device)
+        self.upload_into(packed, arrays)
+        return views(packed, arrays)
+
+    def upload_into(self, packed: torch.Tensor, arrays: Sequence[Array]) -> None:
+        """See Transfers."""
         pinned = self._ring[self._next]
         self._next = (self._next + 1) % len(self._ring)
+        places = offsets(arrays)
         staging = pinned.claim(places[-1])
         for start, array in zip(places, arrays, strict=False):
             staging[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if into is None:
-            into = torch.empty(places[-1], dtype=torch.uint8, device=self._device)
-        into.copy_(pinned.bytes[: places[-1]], non_blocking=True)
+        packed.copy_(pinned.bytes[: places[-1]], non_blocking=True)
         pinned.used()
-        return views(into, arrays)
 
     def download(self, tokens: torch.Tensor) -> HostCopy:
         """See Transfers."""

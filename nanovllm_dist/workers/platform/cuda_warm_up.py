@@ -6,8 +6,10 @@ once on a few rows of nothing, with the types and sizes that real steps have. Wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -16,9 +18,13 @@ from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
 from nanovllm_dist.models.layers.kernels import LayerKernels
+from nanovllm_dist.models.layers.linear import PackedLinear
+from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS
 from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
 
 _ROWS = 16
+# Sizes of decode graphs that may have linear kernels of their own
+_FEW_ROWS = (1, 2, 4)
 
 
 def compile_in_threads(
@@ -27,7 +33,7 @@ def compile_in_threads(
     """Start compiling what steps of this model need; returns what waits for the end of it, and raises what failed."""
     device = torch.device("cuda", torch.cuda.current_device())
     calls = _calls(config, model_config, model, kernels, sampler, device)
-    pool = ThreadPoolExecutor(len(calls), thread_name_prefix="compile")
+    pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), thread_name_prefix="compile")
 
     def run(call: Callable[[], object]) -> None:
         torch.cuda.set_device(device)  # each thread has its own
@@ -64,12 +70,22 @@ def _calls(
         attention = layer.attention
         kernels.attend(qkv, attention.num_heads, attention.num_kv_heads, attention.qk_norm, 0, batch, plan)
 
+    linears = (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+
+    decodes = (1, *(limit + 1 for limit in ROW_LIMITS))
+
+    def project(linear: PackedLinear, rows: int) -> None:
+        assert linear.weight is not None
+        kernel = kernels.pack_linear(linear.weight, linear.bias)
+        if kernel is not None:
+            kernel(torch.zeros(rows, linear.weight.shape[1], dtype=dtype, device=device))
+
     return [
         lambda: kernels.add_rms_norm(hidden.clone(), None, model.norm.weight, model_config.rms_norm_eps),
         lambda: kernels.add_rms_norm(hidden.clone(), hidden.clone(), model.norm.weight, model_config.rms_norm_eps),
         lambda: kernels.silu_mul(hidden.new_zeros(_ROWS, layer.mlp.gate_up_proj.out_features)),
-        lambda: attend(1, 0),
-        lambda: attend(_ROWS, 0),
+        *(partial(attend, rows, 0) for rows in decodes if rows <= config.max_num_seqs),
+        *(partial(project, linear, rows) for linear in linears for rows in _FEW_ROWS),
         lambda: attend(0, 1),
         lambda: sampler.rehearse(torch.zeros(_ROWS, model.lm_head.columns, dtype=dtype, device=device)),
     ]
