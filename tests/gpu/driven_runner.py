@@ -14,8 +14,8 @@ from nanovllm_dist.models.parallel import SingleRank
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire.messages import NewRow, Step, StepResult, pack_ints, unpack_ints
 from nanovllm_dist.workers.model_runner import ModelRunner
-from nanovllm_dist.workers.running_step import RunningStep
 from nanovllm_dist.workers.platform import get_platform
+from nanovllm_dist.workers.running_step import RunningStep
 
 DEVICE = "cuda"
 MAX_NUM_SEQS = 64

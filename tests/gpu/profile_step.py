@@ -22,8 +22,8 @@ from nanovllm_dist.models.parallel import SingleRank
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire.messages import NewRow, Step, pack_ints
 from nanovllm_dist.workers.model_runner import ModelRunner
-from nanovllm_dist.workers.running_step import RunningStep
 from nanovllm_dist.workers.platform import get_platform
+from nanovllm_dist.workers.running_step import RunningStep
 
 _STEPS = 40
 
