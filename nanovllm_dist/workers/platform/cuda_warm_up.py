@@ -18,7 +18,6 @@ from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
 from nanovllm_dist.models.layers.kernels import LayerKernels
-from nanovllm_dist.models.layers.linear import PackedLinear
 from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS
 from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
 
@@ -70,22 +69,22 @@ def _calls(
         attention = layer.attention
         kernels.attend(qkv, attention.num_heads, attention.num_kv_heads, attention.qk_norm, 0, batch, plan)
 
-    linears = (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
-
     decodes = (1, *(limit + 1 for limit in ROW_LIMITS))
+    # kept here: when they are loaded, the layers hand their weights over to kernels
+    linears = (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    weights = [(linear.weight, linear.bias) for linear in linears if linear.weight is not None]
 
-    def project(linear: PackedLinear, rows: int) -> None:
-        assert linear.weight is not None
-        kernel = kernels.pack_linear(linear.weight, linear.bias)
+    def project(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
+        kernel = kernels.pack_linear(weight, bias)
         if kernel is not None:
-            kernel(torch.zeros(rows, linear.weight.shape[1], dtype=dtype, device=device))
+            kernel(torch.zeros(rows, weight.shape[1], dtype=dtype, device=device))
 
     return [
         lambda: kernels.add_rms_norm(hidden.clone(), None, model.norm.weight, model_config.rms_norm_eps),
         lambda: kernels.add_rms_norm(hidden.clone(), hidden.clone(), model.norm.weight, model_config.rms_norm_eps),
         lambda: kernels.silu_mul(hidden.new_zeros(_ROWS, layer.mlp.gate_up_proj.out_features)),
         *(partial(attend, rows, 0) for rows in decodes if rows <= config.max_num_seqs),
-        *(partial(project, linear, rows) for linear in linears for rows in _FEW_ROWS),
+        *(partial(project, *weight, rows) for weight in weights for rows in _FEW_ROWS),
         lambda: attend(0, 1),
         lambda: sampler.rehearse(torch.zeros(_ROWS, model.lm_head.columns, dtype=dtype, device=device)),
     ]
