@@ -1,11 +1,11 @@
-"""Times the products of a few rows against cuBLAS, cut in different ways, and a layer's chain of kernels around them.
+"""Times the product of a few rows against cuBLAS, cut in different ways, and a layer's chain of kernels around it.
 
-    PYTHONPATH=. python tests/gpu/tune_few_rows.py [--rows 1 2 4 8] [--small] [--chain-only]
+    PYTHONPATH=. python tests/gpu/tune_few_rows.py [--rows 1 2 4] [--small] [--chain-only]
 
 Everything runs in CUDA graphs over many copies of the weights, more than twice the second-level cache, so that weights
-come from memory as they do in a model. First each product: microseconds and GB/s of the weights, for F.linear and for
-every (features of a program, warps), the cut that the module would choose in brackets, the best marked. Then
-Qwen3-0.6B's layer without attention, x 28: microseconds of a layer for each choice of kernels. About 60 s.
+come from memory as they do in a model. First Qwen3-0.6B's layer without attention, x 28: microseconds of a layer with
+cuBLAS and with this product. Then each product: microseconds and GB/s of the weights, for F.linear and for some
+(features of a program, warps), the cut that the module would choose in brackets, the best marked. About 30 s.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
 SMALL = {"qkv": (4096, 1024), "gate_up": (6144, 1024), "o": (1024, 2048), "down": (1024, 3072)}
 LARGE = {"qkv": (2560, 5120), "gate_up": (12800, 5120), "o": (5120, 2048), "down": (5120, 6400)}
 CUTS = [(features, warps) for warps in (1, 2, 4, 8) for features in (1, 2, 4, 8, 16)]
-MAX_FUSED_ROWS = 4  # in the table of products
-FEW_CUTS = 3  # of them for more than one row, those nearest to the module's own
+MANY_CUTS, FEW_CUTS = 5, 3  # of them for one row and for more, those nearest to the module's own
 DISTINCT_BYTES, MIN_CALLS, REPEATS = 120_000_000, 24, 12
 DTYPE, EPS, LAYERS = torch.bfloat16, 1e-6, 28
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128
@@ -53,7 +52,7 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=DTYPE) * shape[-1] ** -0.5
+    return torch.randn(*shape, device="cuda", dtype=DTYPE).mul(shape[-1] ** -0.5)
 
 
 def timed(run: Callable[[], object], calls: int) -> float:
@@ -70,22 +69,21 @@ def timed(run: Callable[[], object], calls: int) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
+    times: list[float] = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
     return 1e3 * times[REPEATS // 2] / calls
 
 
 class Product(NamedTuple):
-    """One shape at one number of rows. kind: plain, silu or norm, whatever comes before the product."""
+    """One shape at one number of rows."""
 
     name: str
-    kind: str
     rows: int
     features: int
     size: int
 
     @property
     def own_cut(self) -> Cut:
-        return module_cut(self.features, 2 * self.size, self.kind != "plain")
+        return module_cut(self.features, 2 * self.size)
 
     def cuts(self) -> list[Cut]:
         def thread_bytes(cut: Cut) -> float:
@@ -100,15 +98,10 @@ class Product(NamedTuple):
             and self.features >= 128 * cut[0]
         ]  # fmt: skip
         fitting = sorted({own, *fitting}, key=distance)
-        return sorted(fitting if self.rows == 1 else fitting[:FEW_CUTS])
+        return sorted(fitting[: MANY_CUTS if self.rows == 1 else FEW_CUTS])
 
-    def call(self, weight: torch.Tensor) -> Callable[[], object]:
-        if self.kind == "silu":
-            return partial(few.few_rows_silu_linear, random(self.rows, 2 * self.size), weight)
-        x = random(self.rows, self.size)
-        if self.kind == "norm":
-            return partial(few.few_rows_norm_linear, x, x.clone(), random(self.size), EPS, weight)
-        return partial(few.few_rows_linear, x, weight)
+    def call(self, weight: torch.Tensor) -> partial[torch.Tensor]:
+        return partial(few.few_rows_linear, random(self.rows, self.size), weight)
 
 
 class Warmup:
@@ -138,10 +131,8 @@ def compile_all(products: list[Product]) -> None:
 def tune(product: Product, weights: list[torch.Tensor]) -> None:
     """A line of times for one product."""
     calls = [product.call(weight) for weight in weights] * -(-MIN_CALLS // len(weights))
-    times: dict[str, float] = {}
-    if product.kind == "plain":
-        linear = [partial(F.linear, *call.args) for call in calls]
-        times["cuBLAS"] = timed(lambda: [call() for call in linear], len(calls))
+    linear = [partial(F.linear, *call.args) for call in calls]
+    times = {"cuBLAS": timed(lambda: [call() for call in linear], len(calls))}
     for cut in product.cuts():
         with attribute(few, "_cut", lambda *_, cut=cut: cut):
             label = f"{cut[0]}/{cut[1]}"
@@ -149,20 +140,13 @@ def tune(product: Product, weights: list[torch.Tensor]) -> None:
                 lambda: [call() for call in calls], len(calls)
             )
     best, size = min(times.values()), weights[0].nbytes
-    title = f"{product.name} {product.features}x{product.size} {product.kind} R={product.rows}"
+    title = f"{product.name} {product.features}x{product.size} R={product.rows}"
     cells = [f"{'*' if time == best else ''}{label} {time:.2f}" for label, time in times.items()]
     write(f"{title:<32} best {size / best / 1e3:5.0f} GB/s, us: {'  '.join(cells)}")
 
 
 def tune_products(shapes: dict[str, tuple[int, int]], rows: list[int]) -> None:
-    fused = {"qkv": "norm", "gate_up": "norm", "down": "silu"}
-    products = [
-        Product(name, kind, count, *shape)
-        for name, shape in shapes.items()
-        for kind in ("plain", fused.get(name))
-        for count in rows
-        if kind == "plain" or (kind is not None and count <= MAX_FUSED_ROWS)
-    ]
+    products = [Product(name, count, *shape) for name, shape in shapes.items() for count in rows]
     compile_all(products)
     for name, (features, size) in shapes.items():
         weights = [random(features, size) for _ in range(max(2, -(-DISTINCT_BYTES // (2 * features * size))))]
@@ -190,48 +174,30 @@ class Chain:
             qkv, self.positions, self.cos, self.sin, self.head_weight, EPS, *place
         ).flatten(1)  # fmt: skip
 
-    def run(self, linear: Callable[..., torch.Tensor], fuse_norm: bool, fuse_silu: bool) -> torch.Tensor:
-        def norm_linear(
-            x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            if fuse_norm:
-                return few.few_rows_norm_linear(x, residual, self.norm_weight, EPS, weight)
-            normed, total = add_rms_norm(x, residual, self.norm_weight, EPS)
-            return linear(normed, weight), total
-
+    def run(self, linear: Callable[..., torch.Tensor]) -> torch.Tensor:
         x, residual = self.start.clone(), None
         for weights in self.weights:
-            qkv, residual = norm_linear(x, residual, weights["qkv"])
-            x = linear(self.attend(qkv), weights["o"])
-            gate_up, residual = norm_linear(x, residual, weights["gate_up"])
-            if fuse_silu:
-                x = few.few_rows_silu_linear(gate_up, weights["down"])
-            else:
-                x = linear(silu_mul(gate_up), weights["down"])
+            normed, residual = add_rms_norm(x, residual, self.norm_weight, EPS)
+            x = linear(self.attend(linear(normed, weights["qkv"])), weights["o"])
+            normed, residual = add_rms_norm(x, residual, self.norm_weight, EPS)
+            x = linear(silu_mul(linear(normed, weights["gate_up"])), weights["down"])
         return x
 
 
 def tune_chain(rows: int) -> None:
     chain = Chain(rows)
     torch.cuda.synchronize()
-    choices: dict[str, tuple[Callable[..., torch.Tensor], bool, bool]] = {
-        "cuBLAS": (F.linear, False, False),
-        "few rows": (few.few_rows_linear, False, False),
-        "few rows, silu fused": (few.few_rows_linear, False, True),
-        "few rows, norm fused": (few.few_rows_linear, True, False),
-        "few rows, both fused": (few.few_rows_linear, True, True),
-        "cuBLAS, both fused": (F.linear, True, True),
-    }
+    choices: dict[str, Callable[..., torch.Tensor]] = {"cuBLAS": F.linear, "few rows": few.few_rows_linear}
     times = {}
-    for label, choice in choices.items():
+    for label, linear in choices.items():
         for enabled in (False, True):
             with attribute(dependent_launch, "ENABLED", enabled):
-                times[label, enabled] = timed(partial(chain.run, *choice), LAYERS)
+                times[label, enabled] = timed(partial(chain.run, linear), LAYERS)
     best = min(times.values())
     write(f"\nlayer, R={rows}: us after one another, us with dependent launch")
     for label in choices:
         cells = [f"{times[label, on]:8.2f}{'*' if times[label, on] == best else ' '}" for on in (False, True)]
-        write(f"  {label:<24}{''.join(cells)}")
+        write(f"  {label:<12}{''.join(cells)}")
 
 
 def write(line: str) -> None:
@@ -241,7 +207,7 @@ def write(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--small", action="store_true", help="without the shapes of Qwen3-32B over four ranks")
     parser.add_argument("--chain-only", action="store_true")
     options = parser.parse_args()

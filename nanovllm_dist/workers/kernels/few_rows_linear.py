@@ -51,7 +51,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | N
     """x [R, K], weight [N, K] contiguous, of one dtype -> x @ weight.T, [R, N] of that dtype; R at most MAX_ROWS.
 
     The dtype is bf16, fp16 or fp32. Rows of x and of `out` may be apart by any stride. `out` is new if None, and must
-    not overlap x. One kernel is compiled for each K and for 1, 2 and 3 to 4 rows.
+    not overlap x. Compiled once for each dtype, K and cut, and for 1, 2 and 3 to 4 rows.
 
     Raises:
         ValueError: too many rows, or shapes, dtypes or strides other than these.
