@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -44,8 +45,8 @@ class CudaPlatform(Platform):
 
     @staticmethod
     def is_present() -> bool:
-        """Whether the driver shows a GPU."""
-        return any(Path("/dev").glob("nvidia[0-9]*"))
+        """Whether the driver shows a GPU and Triton is installed, as it is with CUDA builds of torch alone."""
+        return any(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("triton") is not None
 
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
         """One thread for torch's own CPU work; no multicast, which some hosts' switches do not survive."""
