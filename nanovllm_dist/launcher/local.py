@@ -30,8 +30,8 @@ class LocalBackend:
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
         """The first devices that the launcher itself may see. Raises ConfigError when they are too few."""
         ranks = config.tensor_parallel_size
-        visible = os.environ.get(visible_env, "") if visible_env else ""
-        devices = visible.split(",") if visible else [str(index) for index in range(ranks)]
+        visible = os.environ.get(visible_env) if visible_env else None
+        devices = [str(index) for index in range(ranks)] if visible is None else [d for d in visible.split(",") if d]
         if len(devices) < ranks:
             raise ConfigError(f"tensor_parallel_size={ranks} needs more devices than {visible_env}={visible} shows")
         return [Site(node="", host=LOOPBACK, device=devices[rank], with_launcher=True) for rank in range(ranks)]

@@ -69,7 +69,7 @@ class Batch:
 
     Attributes:
         token_ids: [max_num_seqs + 1, max_len + 1] int32 on the device.
-        block_tables: [max_num_seqs + 1, blocks of max_len] int32 on the device; the last row is all null blocks.
+        block_tables: [max_num_seqs + 1, blocks of max_len + 1] int32 on the device; the last row is all null blocks.
         padding_slot: the slot of that row.
     """
 

@@ -22,7 +22,7 @@ Replay = Callable[[], None]
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _DECODE_STEP = 64
 _SMALLEST_CHUNK = 64
-# A step of `t` tokens may have this share of them as prefill rows, and always a few
+# A step of few prefill rows has so many tokens for each, and always room for a few
 _TOKENS_PER_PREFILL = 32
 _FEW_PREFILLS = 8
 
@@ -83,16 +83,18 @@ def decode_size(sizes: Sequence[int], num_rows: int) -> int:
 
 
 def chunk_shapes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepShape]:
-    """Shapes of steps with prefill in them, in rising order: each at most half as long again as the one before."""
+    """Shapes of steps with prefill in them, in rising order: numbers of tokens each at most half as large again as the
+    one before, with few prefill rows and with as many as there can be, which cost programs that find nothing to do."""
     tokens, sizes = _SMALLEST_CHUNK, []
     while tokens < max_num_batched_tokens:
         sizes += [tokens, tokens + tokens // 2]
         tokens *= 2
     sizes = [*(size for size in sizes if size < max_num_batched_tokens), max_num_batched_tokens]
-    return [
-        StepShape(size, min(size, max_num_seqs), min(max_num_seqs, max(_FEW_PREFILLS, size // _TOKENS_PER_PREFILL)))
-        for size in sizes
-    ]
+    shapes = set()
+    for size in sizes:
+        for prefills in (max(_FEW_PREFILLS, size // _TOKENS_PER_PREFILL), size):
+            shapes.add(StepShape(size, min(size, max_num_seqs), min(prefills, max_num_seqs)))
+    return sorted(shapes)
 
 
 def chunk_shape(shapes: Sequence[StepShape], needed: StepShape) -> StepShape | None:

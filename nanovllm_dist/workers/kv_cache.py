@@ -21,6 +21,12 @@ def blocks_that_fit(cache_bytes: int, block_bytes: int, most_useful: int) -> int
     """Blocks for `cache_bytes`, no more than `most_useful`. Raises ConfigError below two (one is the null block)."""
     blocks = min(cache_bytes // block_bytes, most_useful)
     if blocks < 2:
+        if cache_bytes < block_bytes:
+            raise ConfigError(
+                f"weights and the largest step leave {max(0, cache_bytes)} bytes for the KV cache, and a block takes "
+                f"{block_bytes}: raise memory_utilization or kv_cache_memory, lower max_num_batched_tokens or "
+                "block_size, or use more ranks"
+            )
         raise ConfigError(
             f"{cache_bytes} bytes for the KV cache hold {cache_bytes // block_bytes} blocks of {block_bytes} bytes, "
             "and at least 2 are needed: raise kv_cache_memory or memory_utilization, or lower block_size"

@@ -21,7 +21,7 @@ from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.registry import build_model
 from nanovllm_dist.wire.messages import NewRow, Step, TokenLogprobs, unpack_ints
 from nanovllm_dist.workers import kv_cache
-from nanovllm_dist.workers.batch import Batch, StepRows, StepShape
+from nanovllm_dist.workers.batch import Batch, Ints, StepRows, StepShape
 from nanovllm_dist.workers.graphs import Graphs, chunk_shape, chunk_shapes, decode_size, decode_sizes
 from nanovllm_dist.workers.logprobs import prompt_logprobs
 from nanovllm_dist.workers.platform.base import Platform
@@ -34,6 +34,8 @@ from nanovllm_dist.workers.transfers import Array
 
 # Prompt log-probabilities need logits of every position: this many rows of the vocabulary at once
 _LOGIT_ROWS = 256
+# Filters sort whole rows: at 151,936 tokens this many take some 300 MB
+_SPECIAL_ROWS = 32
 
 
 class ModelRunner:
@@ -152,10 +154,10 @@ class ModelRunner:
         arrays = [last_tokens, slots, positions, *self._draws(rows, len(slots))]
         index, device_slots, device_positions, *draws = self._transfers.upload(arrays)
         logits = self.model.lm_head(hidden[index])
-        if self._device_sampler is None or self._table.any_special(slots, positions):
-            tokens, logprobs = self._sample_on_rank_0(logits, rows)
+        if self._device_sampler is None:
+            tokens, logprobs = self._sample_on_rank_0(logits, slots, positions)
         else:
-            tokens, logprobs = self._device_sampler.sample(logits, *draws), []
+            tokens, logprobs = self._sample_special(logits, rows, self._device_sampler.sample(logits, *draws))
         self._batch.append(device_slots, device_positions, tokens)
         return tokens, logprobs
 
@@ -166,11 +168,11 @@ class ModelRunner:
         arrays = [*self._batch.decode_arrays(rows, size), *self._draws(rows, size)]
         sampled, logits = graphs.run(size, arrays, self._decode)
         self._launched = time.monotonic()
-        if not self._table.any_special(rows.slots, rows.ends):
-            return sampled[:count], []
-        tokens, logprobs = self._sample_on_rank_0(logits[:count], rows)
-        slots, positions = self._transfers.upload([rows.slots, rows.ends])
-        self._batch.append(slots, positions, tokens)
+        plain = sampled[:count]
+        tokens, logprobs = self._sample_special(logits[:count], rows, plain)
+        if tokens is not plain:
+            slots, positions = self._transfers.upload([rows.slots, rows.ends])
+            self._batch.append(slots, positions, tokens)
         return tokens, logprobs
 
     def _decode(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,15 +196,31 @@ class ModelRunner:
         uniforms[: len(slots)] = uniform(self._table.seed[slots], rows.sample_positions)
         return [inv_temperature, uniforms]
 
+    def _sample_special(
+        self, logits: torch.Tensor, rows: StepRows, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+        """Replace the tokens of sampling rows that want more than a plain draw; the others keep theirs, whoever is
+        beside them. Some rows at a time: what filters need is many times the logits."""
+        slots, positions = rows.sample_slots, rows.sample_positions
+        special = self._table.special_rows(slots, positions)
+        logprobs: list[tuple[int, TokenLogprobs]] = []
+        for start in range(0, len(special), _SPECIAL_ROWS):
+            part = special[start : start + _SPECIAL_ROWS]
+            (index,) = self._transfers.upload([part])
+            sampled, added = self._sample_on_rank_0(logits[index], slots[part], positions[part])
+            tokens = tokens.index_copy(0, index, sampled)
+            logprobs += added
+        return tokens, logprobs
+
     def _sample_on_rank_0(
-        self, logits: torch.Tensor, rows: StepRows
+        self, logits: torch.Tensor, slots: Ints, positions: Ints
     ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
         whole = self.model.lm_head.gather(logits)
         logprobs: list[tuple[int, TokenLogprobs]] = []
         if whole is None:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
         else:
-            sampled = self._sampler.sample(whole, rows.sample_slots, rows.sample_positions, self._batch.token_ids)
+            sampled = self._sampler.sample(whole, slots, positions, self._batch.token_ids)
             tokens, logprobs = sampled.token_ids, sampled.logprobs
         return self._comm.broadcast(tokens), logprobs
 

@@ -18,8 +18,9 @@ def profile_steps(config: EngineConfig, num_tokens: int) -> tuple[list[Step], in
     There are as many rows as may sample at once, of equal length, as long as each has two tokens to run.
     """
     rows = max(1, min(config.max_num_seqs, num_tokens // 2))
-    length = max(1, min(num_tokens // rows, config.max_model_len - 2))
-    num_blocks = -(-(length + 2) // config.block_size)
+    counts = [rows, 1][: config.max_model_len - 1]  # of rows in each decode, as far as there is room for their tokens
+    length = max(1, min(num_tokens // rows, config.max_model_len - len(counts)))
+    num_blocks = -(-(length + len(counts)) // config.block_size)
     slots = list(range(rows))
     new_rows = [
         NewRow(
@@ -36,5 +37,5 @@ def profile_steps(config: EngineConfig, num_tokens: int) -> tuple[list[Step], in
         for slot in slots
     ]
     prefill = Step(-1, -2, pack_ints(slots), pack_ints([length] * rows), b"", b"", new_rows)
-    decodes = [Step(-1, -1, pack_ints(slots[:count]), pack_ints([1] * count), b"", b"", []) for count in (rows, 1)]
+    decodes = [Step(-1, -1, pack_ints(slots[:count]), pack_ints([1] * count), b"", b"", []) for count in counts]
     return [prefill, *decodes], num_blocks + 1

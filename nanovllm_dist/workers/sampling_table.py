@@ -120,9 +120,9 @@ class SamplingTable:
             or params.logprobs is not None
         )
 
-    def any_special(self, slots: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> bool:
-        """Whether some of these rows, of `num_tokens` known tokens each, ask for more than an argmax or plain draw."""
-        return bool(self.special[slots].any() or (num_tokens < self.min_length[slots]).any())
+    def special_rows(self, slots: NDArray[np.int64], num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of these rows, of `num_tokens` known tokens each, ask for more than an argmax or a plain draw."""
+        return np.flatnonzero(self.special[slots] | (num_tokens < self.min_length[slots]))
 
     def prompt_logprobs_of(self, slot: int) -> int:
         """How many of the likeliest tokens `slot` wants beside each prompt token; 0 also where it wants none."""

@@ -24,10 +24,10 @@ class AttentionBatch:
         context_lens: [R] int32, keys visible to the row's last token, those of this step included.
         query_start: [R + 1] int32, where each row's tokens begin.
         num_decodes: the first so many rows have exactly one token each; the others are prefill chunks.
-        host_query_lens: tokens of each row, on the host.
-        host_context_lens: `context_lens` on the host.
+        host_query_lens: tokens of each row, on the host; empty in a step that is recorded as a graph.
+        host_context_lens: `context_lens` on the host; likewise.
         kv_caches: keys and values of each layer, [num_blocks, block_size, num_kv_heads of this rank, head_dim]. Must
-            start as zeros: slots behind a row's last key are read and masked, which does not hide a NaN.
+            start as zeros: a backend may read slots behind a row's last key and mask them, which does not hide a NaN.
     """
 
     slot_mapping: torch.Tensor

@@ -1,10 +1,11 @@
 """Decode attention over a paged cache: one query token a row, bound by how fast keys and values are read.
 
 A row's context is cut into segments; a segment of one key/value head is one task. Where the cuts lie depends on the
-row's own context alone, so a row gives the same bits in any batch. `DecodeWorkspace.prepare` lists the segments of a
-step on the device, once for all layers, and a fixed number of programs walk the list. A grid over (row, head,
-possible segment) would be as safe in a captured graph, but at 256 rows and room for 40,960 keys all but one in forty
-of its programs would only start and leave. Walking a list also spreads long and short rows evenly.
+configuration and the row's own context alone, so with one workspace a row gives the same bits in any batch.
+`DecodeWorkspace.prepare` lists the segments of a step on the device, once for all layers, and a fixed number of
+programs walk the list. A grid over (row, head, possible segment) would be as safe in a captured graph, but at 256 rows
+and room for 40,960 keys all but one in forty of its programs would only start and leave. Walking a list also spreads
+long and short rows evenly.
 
 The query heads of a group are the rows of one tile, so a key is read once. A row of one segment writes its output.
 Otherwise segments leave partial results in the workspace, and the program that arrives last merges them, in order of

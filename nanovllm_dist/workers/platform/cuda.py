@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -45,19 +48,27 @@ class CudaPlatform(Platform):
 
     @staticmethod
     def is_present() -> bool:
-        """Whether the driver shows a GPU and Triton is installed, as it is with CUDA builds of torch alone."""
-        return any(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("triton") is not None
+        """Whether the driver shows this process a GPU, and torch is built for it and has Triton beside it."""
+        return _visible_gpus() > 0 and _torch_has_cuda() and importlib.util.find_spec("triton") is not None
 
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
         """One thread for torch's own CPU work; no multicast, which some hosts' switches do not survive."""
         threads = str(config.threads_per_worker or 1)
-        return {"OMP_NUM_THREADS": threads, "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
+        nvls = os.environ.get("NCCL_NVLS_ENABLE", "0")
+        return {"OMP_NUM_THREADS": threads, "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": nvls}
 
     def open_device(self, device_index: int, config: EngineConfig) -> torch.device:
         """Make the GPU current. Raises ConfigError when there is none of that index."""
         import torch
 
         count = torch.cuda.device_count()
+        if count == 0:
+            raise ConfigError(
+                f"torch {torch.__version__} finds no GPU: it needs a CUDA build, a driver as new as that, and a GPU in "
+                "CUDA_VISIBLE_DEVICES; device=cpu runs without"
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("device=cuda needs Triton, and it is not installed: pip install triton")
         if device_index >= count:
             visible = os.environ.get(self.visible_devices_env, "all")
             raise ConfigError(
@@ -132,8 +143,13 @@ class CudaPlatform(Platform):
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     run()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with contextlib.suppress(
+                        RuntimeError
+                    ):  # what broke the recording is worth telling, not that it did
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
             return graph.replay
 
@@ -163,3 +179,24 @@ class CudaPlatform(Platform):
         import torch
 
         torch.cuda.synchronize()
+
+
+def _visible_gpus() -> int:
+    """GPUs that the driver shows this process, without importing torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch is a CUDA build, read from its version file."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    version = Path(found.origin).with_name("version.py")
+    return version.exists() and re.search(r"^cuda[^=]*=\s*['\"]", version.read_text(), re.MULTILINE) is not None

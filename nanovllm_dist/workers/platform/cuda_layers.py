@@ -58,8 +58,8 @@ class TritonLayers:
                 device,
             )
 
-        sizes = (min(size, config.max_num_seqs) for size in (*ROW_LIMITS, config.max_num_seqs))
-        self._workspaces = {size: workspace(size) for size in sizes}
+        sizes = {min(size, config.max_num_seqs) for size in (*ROW_LIMITS, config.max_num_seqs)}
+        self._workspaces = {size: workspace(size) for size in sorted(sizes)}
 
     def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> _Plan:
         """The work list of the decode rows."""

@@ -73,6 +73,7 @@ def _calls(
     # kept here: when they are loaded, the layers hand their weights over to kernels
     linears = (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
     weights = [(linear.weight, linear.bias) for linear in linears if linear.weight is not None]
+    weights.append((model.output_vocab.weight, None))
 
     def project(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
         kernel = kernels.pack_linear(weight, bias)

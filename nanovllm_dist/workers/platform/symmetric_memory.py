@@ -109,7 +109,8 @@ class SymmetricCommunicator(GroupCommunicator):
 def open_communicator(device: torch.device, limits: ReductionLimits | None = None) -> GroupCommunicator:
     """A SymmetricCommunicator, tried out, or NCCL's with the reason logged. Every rank of the group must call it.
 
-    `device` is this rank's GPU; `limits` default to measured ones.
+    `device` is this rank's GPU; `limits` default to measured ones. Should a rank fail between the two kernels of the
+    trial, the others wait on their devices until whoever watches the start gives up.
     """
     chosen = limits or ReductionLimits.measured(dist.get_world_size())
     try:
