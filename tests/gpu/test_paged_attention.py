@@ -213,7 +213,6 @@ def test_padded_rows_leave_real_rows_alone() -> None:
     assert torch.equal(decode(query, padded)[:2], decode(query[:2], rows))
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="no CUDA GPU")
 def test_a_captured_decode_follows_contexts_that_change() -> None:
     rows = make_rows([1500, 700, 64], 2, 128, 64, torch.bfloat16)
     query, workspace = make_query(3, 4, 128, torch.bfloat16), make_workspace(3, 4, 2, 128, torch.bfloat16)

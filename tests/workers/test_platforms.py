@@ -26,12 +26,6 @@ def test_a_torch_without_cuda_is_told_from_one_with_it(monkeypatch: pytest.Monke
         assert cuda._torch_has_cuda() is expected
 
 
-def test_hidden_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert cuda._visible_gpus() == 0
-    assert get_platform("auto").name == "cpu"
-
-
 def test_an_unknown_device_is_answered_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"auto, cuda, cpu"):
         get_platform("abacus")
