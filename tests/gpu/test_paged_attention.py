@@ -181,13 +181,26 @@ def test_decode_gives_a_row_the_same_bits_in_any_batch(dtype: torch.dtype) -> No
 def test_decode_does_not_depend_on_how_many_programs_share_the_work() -> None:
     rows = make_rows([700, 30, 900], 2, 64, 32, torch.bfloat16)
     query = make_query(3, 4, 64, torch.bfloat16)
-    results = [
-        decode(query, rows, make_workspace(3, 4, 2, 64, torch.bfloat16, programs_per_processor=n)) for n in (1, 8)
-    ]
-    few = make_workspace(3, 4, 2, 64, torch.bfloat16)
-    few.num_programs = 3
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], decode(query, rows, few))
+    results = []
+    for num_programs in (1, 3, 100, 1600):
+        workspace = make_workspace(3, 4, 2, 64, torch.bfloat16)
+        workspace.num_programs = num_programs
+        results.append(decode(query, rows, workspace))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_the_work_list_has_the_longest_rows_first_and_every_key_once() -> None:
+    contexts = [5, 300, 0, 64, 65, 1000, 128, 5]
+    workspace = make_workspace(16, 4, 2, 64, torch.bfloat16, segment=64, max_segments=4)
+    workspace.prepare(torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
+    listed, capacity = int(workspace.segments[0]), workspace.max_rows * workspace.max_segments
+    fields = workspace.segments[1:].view(-1, capacity)[:, :listed].tolist()
+    row_order = list(dict.fromkeys(fields[0]))
+    assert row_order == [5, 1, 6, 4, 3, 0, 7, 2]
+    keys: dict[int, list[int]] = {row: [] for row in row_order}
+    for row, _segment, _count, begin, end in zip(*fields, strict=True):
+        keys[row] += range(begin, end)
+    assert all(sorted(keys[row]) == list(range(context)) for row, context in enumerate(contexts))
 
 
 def test_a_workspace_can_be_used_again_and_again() -> None:

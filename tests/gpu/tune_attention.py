@@ -49,6 +49,9 @@ class Shape:
 
 DECODES = [
     Shape("256 x 1k, 16/8 heads", 256, 700, 1348, 16, 8),
+    Shape("256 x 100..1100, 16/8 heads", 256, 100, 1100, 16, 8),
+    Shape("131 x 200..1600, 16/8 heads", 131, 200, 1600, 16, 8, sweep=False),
+    Shape("64 x 500..1900, 16/8 heads", 64, 500, 1900, 16, 8, sweep=False),
     Shape("1 x 512, 16/8 heads", 1, 512, 512, 16, 8),
     Shape("256 x 1k, 16/2 heads", 256, 700, 1348, 16, 2, sweep=False),
     Shape("1 x 512, 16/2 heads", 1, 512, 512, 16, 2, sweep=False),
@@ -61,17 +64,17 @@ PREFILLS = [Shape("16 x 1k prompts, 16/8 heads", 16, 600, 1400, 16, 8), Shape("1
 DECODE_VARIANTS = [
     paged_decode.config_for(DTYPE, 256),
     paged_decode.config_for(DTYPE, 1),
-    DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=3, programs_per_processor=5),
-    DecodeConfig(128, 16, tile=32, num_warps=2, num_stages=3, programs_per_processor=5),
-    DecodeConfig(128, 16, tile=32, num_warps=4, num_stages=4, programs_per_processor=4),
-    DecodeConfig(128, 16, tile=64, num_warps=4, num_stages=2, programs_per_processor=3),
-    DecodeConfig(128, 16, tile=64, num_warps=8, num_stages=3, programs_per_processor=3),
-    DecodeConfig(128, 16, tile=64, num_warps=4, num_stages=3, programs_per_processor=2),
-    DecodeConfig(64, 16, tile=64, num_warps=4, num_stages=3, programs_per_processor=3),
-    DecodeConfig(64, 8, tile=64, num_warps=4, num_stages=3, programs_per_processor=3),
-    DecodeConfig(256, 16, tile=64, num_warps=4, num_stages=3, programs_per_processor=3),
-    DecodeConfig(256, 32, tile=32, num_warps=4, num_stages=3, programs_per_processor=5),
-    DecodeConfig(512, 16, tile=64, num_warps=4, num_stages=3, programs_per_processor=3),
+    paged_decode.config_for(DTYPE, 32),
+    paged_decode.config_for(DTYPE, 64),
+    DecodeConfig(2048, 16, tile=32, num_warps=2, num_stages=3),
+    DecodeConfig(2048, 16, tile=32, num_warps=2, num_stages=4),
+    DecodeConfig(2048, 16, tile=32, num_warps=4, num_stages=3),
+    DecodeConfig(2048, 16, tile=64, num_warps=4, num_stages=2),
+    DecodeConfig(1024, 16, tile=32, num_warps=2, num_stages=3),
+    DecodeConfig(512, 16, tile=64, num_warps=4, num_stages=3),
+    DecodeConfig(256, 16, tile=64, num_warps=4, num_stages=3),
+    DecodeConfig(128, 16, tile=32, num_warps=2, num_stages=3),
+    DecodeConfig(64, 8, tile=64, num_warps=4, num_stages=3),
 ]
 PREFILL_VARIANTS = [
     paged_prefill.default_config(DTYPE),

@@ -16,7 +16,6 @@ class DecodeConfig:
         max_segments: most segments of a row; longer rows have segments of a multiple of `segment` keys.
         tile: keys loaded at a time. One block-table entry serves a tile if it divides the block size.
         num_warps, num_stages: of the kernel; num_stages - 1 tiles are being loaded while one is worked on.
-        programs_per_processor: programs that walk the list, per multiprocessor; what fits there at once.
     """
 
     segment: int
@@ -24,7 +23,6 @@ class DecodeConfig:
     tile: int
     num_warps: int
     num_stages: int
-    programs_per_processor: int
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 A row's context is cut into segments; a segment of one key/value head is one task. Where the cuts lie depends on the
 configuration and the row's own context alone, so with one workspace a row gives the same bits in any batch.
-`DecodeWorkspace.prepare` lists the segments of a step on the device, once for all layers, and a fixed number of
-programs walk the list. A grid over (row, head, possible segment) would be as safe in a captured graph, but at 256 rows
-and room for 40,960 keys all but one in forty of its programs would only start and leave. Walking a list also spreads
-long and short rows evenly.
+`DecodeWorkspace.prepare` lists the segments of a step on the device, once for all layers, those of the longest rows
+first, and a fixed number of programs walk the list. A grid over (row, head, possible segment) would be as safe in a
+captured graph, but most of its programs would only start and leave. There are more programs than run at once, so that
+who is done early takes on more, and what is taken last is short: against a list in the order of rows and programs that
+all run at once, that is worth a tenth of the time at rows of 100 to 1,100 keys.
 
 The query heads of a group are the rows of one tile, so a key is read once. A row of one segment writes its output.
 Otherwise segments leave partial results in the workspace, and the program that arrives last merges them, in order of
@@ -31,9 +32,14 @@ _MIN_ROWS = 16
 # Elements of partial results that a program merges at a time
 _MERGE_ELEMENTS = 4096
 # Up to so many rows: keys of a segment, and most segments of a row
-_CUTS = ((4, (64, 8)), (32, (512, 16)))
-_CUT_OF_MORE = (1024, 16)
+_CUTS = ((4, (64, 8)), (32, (512, 16)), (64, (1024, 16)))
+_CUT_OF_MORE = (2048, 16)
+_FEW_ROWS = 32
 ROW_LIMITS = tuple(limit for limit, _cut in _CUTS)
+# Contexts that the listing compares with all others at a time, and its warps
+_LIST_CHUNK, _LIST_WARPS = 32, 16
+# More than fit at once: the device gives the next program to the processor that has room first
+_PROGRAMS_PER_PROCESSOR = 16
 _FIELDS = 5  # of a listed segment: row, index in the row, segments of the row, first key, end
 
 
@@ -41,13 +47,15 @@ def config_for(dtype: torch.dtype, rows: int) -> DecodeConfig:
     """The configuration for up to `rows` rows with keys of this dtype, measured on a Hopper GPU.
 
     The fewer rows, the finer their contexts must be cut to occupy the processors, and the more it costs. An H100 reads
-    256 rows of about 1,000 keys (16 heads over 8) at 91% of its bandwidth with segments of 1,024, at 68% with 128; 16
-    rows at 73% with 512; one row of 512 keys takes 6.9 us with segments of 64 and 11 with 512.
+    256 rows of 100 to 1,100 keys (16 heads over 8) at 95% of its bandwidth with segments of 2,048, at 91% with 512; 16
+    rows at 70% with 512; one row of 512 keys takes 6.6 us with segments of 64 and 11 with 512.
     """
     segment, max_segments = next((cut for limit, cut in _CUTS if rows <= limit), _CUT_OF_MORE)
     if dtype == torch.float32:
-        return DecodeConfig(segment, max_segments, tile=32, num_warps=4, num_stages=2, programs_per_processor=2)
-    return DecodeConfig(segment, max_segments, tile=32, num_warps=2, num_stages=3, programs_per_processor=6)
+        return DecodeConfig(segment, max_segments, tile=32, num_warps=4, num_stages=2)
+    if rows <= _FEW_ROWS:
+        return DecodeConfig(segment, max_segments, tile=32, num_warps=2, num_stages=3)
+    return DecodeConfig(segment, max_segments, tile=64, num_warps=4, num_stages=3)
 
 
 class DecodeWorkspace:
@@ -76,7 +84,7 @@ class DecodeWorkspace:
         self.config = config
         self.max_rows = max_rows
         self.max_segments = min(config.max_segments, -(-max_context // config.segment))
-        self.num_programs = num_processors * config.programs_per_processor
+        self.num_programs = num_processors * _PROGRAMS_PER_PROCESSOR
         parts = max_rows * num_heads * self.max_segments
         self.segments = torch.zeros(1 + _FIELDS * max_rows * self.max_segments, dtype=torch.int32, device=device)
         self.maxima, self.sums = torch.empty(2, parts, dtype=torch.float32, device=device)
@@ -100,6 +108,8 @@ class DecodeWorkspace:
             self.config.segment,
             self.max_segments,
             ROWS=triton.next_power_of_2(self.max_rows),
+            CHUNK=_LIST_CHUNK,
+            num_warps=_LIST_WARPS,
         )
 
 
@@ -165,15 +175,31 @@ def decode_attention(
     return out
 
 
+@triton.jit
+def _cut(context, present, segment_keys, max_segments):
+    """Keys of a row's segments, and how many it has; none where there is no row."""
+    length = segment_keys * tl.maximum(tl.cdiv(context, segment_keys * max_segments), 1)
+    return length, tl.where(present, tl.maximum(tl.cdiv(context, length), 1), 0)
+
+
 @triton.jit(do_not_specialize=["num_rows", "capacity", "segment_keys", "max_segments"])
-def _list_segments(context_lens, segments, num_rows, capacity, segment_keys, max_segments, ROWS: tl.constexpr):
-    """Program i lists the i-th segment of every row that has one, rows in order, a row's segments together."""
+def _list_segments(
+    context_lens, segments, num_rows, capacity, segment_keys, max_segments, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Program i lists the i-th segment of every row that has one; the longest row first, its segments together."""
     segment = tl.program_id(0)
     row = tl.arange(0, ROWS)
     context = tl.load(context_lens + row, mask=row < num_rows, other=0)
-    length = segment_keys * tl.maximum(tl.cdiv(context, segment_keys * max_segments), 1)
-    count = tl.where(row < num_rows, tl.maximum(tl.cdiv(context, length), 1), 0)
-    place = segments + 1 + tl.cumsum(count, 0) - count + segment
+    length, count = _cut(context, row < num_rows, segment_keys, max_segments)
+    before = tl.zeros([ROWS], tl.int32)
+    for first in range(0, num_rows, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        other_context = tl.load(context_lens + other, mask=other < num_rows, other=0)
+        _length, other_count = _cut(other_context, other < num_rows, segment_keys, max_segments)
+        longer = other_context[None, :] > context[:, None]
+        as_long = (other_context[None, :] == context[:, None]) & (other[None, :] < row[:, None])
+        before += tl.sum(tl.where(longer | as_long, other_count[None, :], 0), 1)
+    place = segments + 1 + before + segment
     listed = segment < count
     tl.store(place, row, mask=listed)
     tl.store(place + capacity, tl.full([ROWS], segment, tl.int32), mask=listed)
