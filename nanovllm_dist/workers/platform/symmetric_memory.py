@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 _ALIGNMENT = 16  # bytes of the kernels' widest access, and what they want sizes to be multiples of
 _DTYPES = (torch.bfloat16, torch.float32)
-# Four H200, a call in a graph: 9.0 us against 9.3 in two shots at 160 KB, 14.6 against 10.6 at 640 KB. One shot moves
-# (n - 1) / (2 (n - 1) / n) times as much, hence the other sizes of a group, which are not measured
-_ONE_SHOT_BYTES = {2: 2**21, 3: 2**19, 4: 2**18}
+# A call in a graph, one shot against two: on four H200 9.0 us against 9.3 at 160 KB and 14.6 against 10.6 at 640 KB, on
+# two 6.9 against 7.4 at 40 KB and 7.9 against 7.4 at 160 KB. Groups of other sizes are not measured
+_ONE_SHOT_BYTES = {2: 2**16, 4: 2**18}
 _ONE_SHOT_BYTES_OF_MORE = 2**16
-# There, two shots took 59.9 us at 10 MB and NCCL 88.4
+# At 10 MB two shots took 59.9 us on four and 39.4 on two, NCCL 88.4 and 53.9
 _TWO_SHOT_BYTES = 2**24
 
 
