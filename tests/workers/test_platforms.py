@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.models.config import read_model_config
 from nanovllm_dist.workers.platform import cuda, get_platform
 
 
@@ -29,3 +31,21 @@ def test_a_torch_without_cuda_is_told_from_one_with_it(monkeypatch: pytest.Monke
 def test_an_unknown_device_is_answered_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"auto, cuda, cpu"):
         get_platform("abacus")
+
+
+TINY = Path(__file__).parents[2] / "scripts" / "models" / "tiny"
+
+
+@pytest.mark.parametrize(("block_size", "head_dim", "named"), [(48, 64, "block_size=48"), (64, 320, "head_dim=320")])
+def test_gpu_kernels_refuse_sizes_they_cannot_take(block_size: int, head_dim: int, named: str) -> None:
+    model = read_model_config(TINY, {"head_dim": head_dim})
+    config = EngineConfig(model="tiny", block_size=block_size)
+    with pytest.raises(ConfigError, match=named):
+        cuda._check_limits(config, model)
+
+
+@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 80), (64, 96), (128, 128), (256, 256)])
+def test_gpu_kernels_take_the_usual_sizes(block_size: int, head_dim: int) -> None:
+    cuda._check_limits(
+        EngineConfig(model="tiny", block_size=block_size), read_model_config(TINY, {"head_dim": head_dim})
+    )

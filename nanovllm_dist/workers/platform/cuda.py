@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # For what is not known before the first requests: graphs themselves, matrix workspaces, NCCL's buffers
 _RESERVED_BYTES = 2**30
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+_LARGEST_HEAD = 256
 
 
 class CudaPlatform(Platform):
@@ -98,7 +100,8 @@ class CudaPlatform(Platform):
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
     ) -> LayerKernels:
-        """Triton's."""
+        """Triton's. Raises ConfigError for what they cannot take."""
+        _check_limits(config, model)
         from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
 
         return TritonLayers(config, model, comm, dtype)
@@ -179,6 +182,16 @@ class CudaPlatform(Platform):
         import torch
 
         torch.cuda.synchronize()
+
+
+def _check_limits(config: EngineConfig, model: ModelConfig) -> None:
+    if config.block_size not in _BLOCK_SIZES:
+        raise ConfigError(f"block_size={config.block_size}: on this device it is one of {_BLOCK_SIZES}")
+    if model.head_dim > _LARGEST_HEAD:
+        raise ConfigError(
+            f"head_dim={model.head_dim} of the model: kernels of this device take sizes up to {_LARGEST_HEAD}; "
+            "device=cpu takes any"
+        )
 
 
 def _visible_gpus() -> int:

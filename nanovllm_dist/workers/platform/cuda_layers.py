@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm_dist.config import EngineConfig
-from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.linear_kernel import LinearKernel
@@ -25,7 +24,6 @@ from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
 
 # cuBLAS reads a weight of so many rows, an output vocabulary's, at 93% of the bandwidth
 _LARGE = 2**16
-_BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 class _Plan(NamedTuple):
@@ -36,11 +34,9 @@ class _Plan(NamedTuple):
 
 
 class TritonLayers:
-    """LayerKernels of one rank; on the current device, for one stream. Raises ConfigError for other block sizes."""
+    """LayerKernels of one rank; on the current device, for one stream."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype) -> None:
-        if config.block_size not in _BLOCK_SIZES:
-            raise ConfigError(f"block_size={config.block_size}: on this device it is one of {_BLOCK_SIZES}")
         device = torch.device("cuda", torch.cuda.current_device())
         heads = split_heads(model.num_heads, model.num_kv_heads, comm.world_size, comm.rank)
         self._scale = model.head_dim**-0.5

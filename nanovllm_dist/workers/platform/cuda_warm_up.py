@@ -12,8 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
@@ -42,9 +44,16 @@ def compile_in_threads(
     futures: list[Future[None]] = [pool.submit(run, call) for call in calls]
 
     def wait() -> None:
-        for future in futures:
-            future.result()
-        pool.shutdown()
+        try:
+            for future in futures:
+                future.result()
+        except OutOfResources as error:
+            raise ConfigError(
+                f"head_dim={model_config.head_dim} of the model: a kernel needs more than this GPU has ({error}); "
+                "use a larger one, or device=cpu"
+            ) from error
+        finally:
+            pool.shutdown()
 
     return wait
 
