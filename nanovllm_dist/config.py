@@ -19,6 +19,8 @@ Policy = Literal["fcfs", "priority"]
 LauncherKind = Literal["auto", "ray", "local"]
 Hub = Literal["huggingface", "modelscope"]
 Transport = Literal["auto", "ipc", "tcp"]
+GraphMode = Literal["auto", "eager", "torchair", "aclgraph"]
+WeightFormat = Literal["plain", "nz"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +47,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_queued_reqs: int = 4096
     max_steps_in_flight: int = 0
     enforce_eager: bool = False
+    graph_mode: GraphMode = "auto"
+    graph_cache_dir: str = ""
+    weight_format: WeightFormat = "plain"
     seed: int = 0
     threads_per_worker: int = 0
     startup_timeout: float = 600.0
@@ -80,6 +85,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("num_blocks and kv_cache_memory both size the KV cache: give one of them")
         if self.ray_address and self.launcher == "local":
             raise ConfigError("ray_address is set but launcher=local starts no Ray: drop one of them")
+        if self.enforce_eager and self.graph_mode not in ("auto", "eager"):
+            raise ConfigError(
+                f"enforce_eager is set but graph_mode={self.graph_mode} asks for graphs: drop one of them"
+            )
         if self.max_num_batched_tokens and self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} is above max_num_batched_tokens={self.max_num_batched_tokens}: "

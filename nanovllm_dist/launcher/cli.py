@@ -1,7 +1,8 @@
 """`nanovllm-launch`: start an engine and serve it, answer prompts, or chat.
 
-Exit codes: 0 done, 1 the engine or a request failed, 2 the command line is wrong, 130 interrupted. It imports
-neither torch nor transformers nor Ray, so that the engine's processes can start as early as possible.
+Exit codes: 0 done, 1 the engine or a request failed (--doctor: something must be mended), 2 the command line is wrong,
+130 interrupted. It imports neither torch nor transformers nor Ray, so that the engine's processes can start as early as
+possible.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nanovllm_dist.launcher.signals import handle_signals
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 _USAGE_ERRORS = (ConfigError, InvalidRequestError)
+_NOT_OF_AN_ENGINE = ("version", "doctor")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,12 +38,14 @@ def launch(
     raw: o.Raw = None,
     config: o.ConfigFile = None,
     version: o.Version = None,
+    doctor: o.Doctor = None,
     model: o.Model = None,
     served_model_name: o.ServedModelName = None,
     tokenizer: o.Tokenizer = None,
     hub: o.HubName = None,
     dtype: o.DtypeName = None,
     load_format: o.Format = None,
+    weight_format: o.WeightFormat = None,
     max_model_len: o.MaxModelLen = None,
     hf_overrides: o.HfOverrides = None,
     seed: o.Seed = None,
@@ -61,6 +65,8 @@ def launch(
     max_num_queued_reqs: o.MaxNumQueuedReqs = None,
     max_steps_in_flight: o.MaxStepsInFlight = None,
     enforce_eager: o.EnforceEager = None,
+    graph_mode: o.GraphMode = None,
+    graph_cache_dir: o.GraphCacheDir = None,
     block_size: o.BlockSize = None,
     num_blocks: o.NumBlocks = None,
     kv_cache_memory: o.KvCacheMemory = None,
@@ -79,6 +85,10 @@ def launch(
     ignore_eos: o.IgnoreEos = None,
 ) -> None:
     """Start an engine. Without --prompt, --prompts-file or --chat it serves until Ctrl-C."""
+    if doctor:
+        from nanovllm_dist.launcher.doctor import examine
+
+        raise typer.Exit(examine(device or "auto"))
     # the values are read from the context, where they have the names of the fields that they set
     try:
         run(_invocation(context))
@@ -128,7 +138,11 @@ def _serve(address: str, key_file: Any, wait: Any) -> None:
 
 def _invocation(context: typer.Context) -> Invocation:
     # an option that may be repeated and is not given is an empty list or tuple
-    given = {name: value for name, value in context.params.items() if value not in (None, [], ()) and name != "version"}
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if value not in (None, [], ()) and name not in _NOT_OF_AN_ENGINE
+    }
     path = given.pop("config", None)
     if path is not None:
         given = {**read_config_file(path, _option_names(context)), **given}
@@ -140,7 +154,7 @@ def _option_names(context: typer.Context) -> dict[str, str]:
     return {
         flag.lstrip("-"): str(parameter.name)
         for parameter in context.command.params
-        if parameter.name not in ("config", "version")
+        if parameter.name not in ("config", *_NOT_OF_AN_ENGINE)
         for flag in (*parameter.opts, str(parameter.name).replace("_", "-"))
         if flag.startswith("--") or not flag.startswith("-")
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
 
@@ -26,6 +27,7 @@ WORKER = "nanovllm_dist.workers.worker"
 LOG_HEADING = "\n\nlast lines of the log of "
 _LISTEN_POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
+_NOTICE_SECONDS = 2.5  # the coordinator looks for its ranks every second
 
 
 class Deployment:
@@ -58,7 +60,7 @@ class Deployment:
 
     def open(self) -> None:
         """Bring up what starts processes (Ray)."""
-        self.backend.open(self.config)
+        self.backend.open(self.config, self._platform.ray_resource, self._platform.count_devices())
 
     def launch(self, deadline: float) -> None:
         """Start the coordinator and all workers; returns when the coordinator listens.
@@ -108,11 +110,14 @@ class Deployment:
                     self._supervisor.finish()
 
     def _end_processes(self, grace: float) -> None:
-        if grace > 0 and self._coordinator is not None and self._coordinator.poll() is None:
-            self._coordinator.terminate()  # it ends requests, and has the workers leave
-            deadline = time.monotonic() + grace
-            while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
-                time.sleep(_LISTEN_POLL_SECONDS)
+        coordinator = self._coordinator
+        if grace > 0 and coordinator is not None and coordinator.poll() is None:
+            if any(process.poll() is not None for process in self.processes):
+                # it will find the lost rank itself, and tell clients; asked to leave before, it would end their
+                # requests without a reason
+                _wait(lambda: coordinator.poll() is not None, _NOTICE_SECONDS)
+            coordinator.terminate()  # it ends requests, and has the workers leave
+            _wait(lambda: all(process.poll() is not None for process in self.processes), grace)
         for process in self.processes:
             process.kill()
 
@@ -128,8 +133,9 @@ class Deployment:
         return f"tcp://{host}:{self.config.port}", f"tcp://{host}:0"
 
     def _start_coordinator(self, client_endpoint: str, worker_endpoint: str) -> None:
+        config = self.config.replace(model=self.backend.model_directory(self.config, 0))
         spec = wire.CoordinatorSpec(
-            config=self.config, client_endpoint=client_endpoint, worker_endpoint=worker_endpoint, keys=self.keys
+            config=config, client_endpoint=client_endpoint, worker_endpoint=worker_endpoint, keys=self.keys
         )
         program = Program("coordinator", COORDINATOR, msgspec.json.encode(spec).decode())
         self._coordinator = self.backend.start(program, None)
@@ -137,17 +143,21 @@ class Deployment:
 
     def _start_workers(self, sites: list[Site], endpoint: str) -> None:
         environment = self._platform.worker_environment(self.config)
+        spread = len({site.node for site in sites}) > 1
         for rank, site in enumerate(sites):
             devices, index = device_environment(sites, rank, self._platform.visible_devices_env)
+            of_host = self._platform.host_environment(site.host) if spread else {}
             spec = wire.WorkerSpec(
-                config=self.config,
+                config=self.config.replace(model=self.backend.model_directory(self.config, rank)),
                 rank=rank,
                 worker_endpoint=endpoint,
                 host=site.host,
                 device_index=index,
                 keys=_peer_keys(self.keys),
             )
-            program = Program(f"worker-{rank}", WORKER, msgspec.json.encode(spec).decode(), {**environment, **devices})
+            program = Program(
+                f"worker-{rank}", WORKER, msgspec.json.encode(spec).decode(), {**environment, **of_host, **devices}
+            )
             self.processes.append(self.backend.start(program, rank))
 
     def _listening(self, deadline: float) -> wire.CoordinatorListening:
@@ -168,6 +178,12 @@ class Deployment:
         self.key_file = self.directory / "client-key.json"
         with os.fdopen(os.open(self.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(msgspec.json.encode(keys))
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(_LISTEN_POLL_SECONDS)
 
 
 def process_report(process: RunningProcess, code: int) -> str:

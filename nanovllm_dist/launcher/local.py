@@ -24,7 +24,7 @@ class LocalBackend:
         self._directory: Path = supervisor.directory
         self._thread = LongLivedThread()
 
-    def open(self, config: EngineConfig) -> None:
+    def open(self, config: EngineConfig, resource: str, count: int) -> None:
         """Nothing to bring up."""
 
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
@@ -35,6 +35,10 @@ class LocalBackend:
         if len(devices) < ranks:
             raise ConfigError(f"tensor_parallel_size={ranks} needs more devices than {visible_env}={visible} shows")
         return [Site(node="", host=LOOPBACK, device=devices[rank], with_launcher=True) for rank in range(ranks)]
+
+    def model_directory(self, config: EngineConfig, rank: int) -> str:
+        """The one that the launcher found."""
+        return config.model
 
     def start(self, program: Program, rank: int | None) -> LocalProcess:
         """Start one process; `rank` is None for the coordinator."""

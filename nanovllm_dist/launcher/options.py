@@ -11,7 +11,9 @@ import typer
 
 from nanovllm_dist import __version__
 from nanovllm_dist.config import Dtype, Hub, LauncherKind, LoadFormat, Policy
+from nanovllm_dist.config import GraphMode as GraphModeName
 from nanovllm_dist.config import Transport as TransportKind
+from nanovllm_dist.config import WeightFormat as WeightFormatName
 
 _RUN, _MODEL, _CACHE = "What to run", "Model", "KV cache"
 _BATCH, _PROCESSES, _SAMPLING = "Batching", "Processes and network", "Sampling (with --prompt, --prompts-file, --chat)"
@@ -58,6 +60,10 @@ Version = Annotated[
     bool | None,
     typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.", rich_help_panel=_RUN),
 ]
+Doctor = Annotated[
+    bool | None,
+    typer.Option("--doctor", help="Say what is installed here and whether it fits together.", rich_help_panel=_RUN),
+]
 
 # --- model -------------------------------------------------------------------------------------------------
 
@@ -75,6 +81,10 @@ HubName = Annotated[Hub | None, typer.Option("--hub", help="Where hub ids are fe
 DtypeName = Annotated[Dtype | None, typer.Option("--dtype", help="(auto: the checkpoint's)", rich_help_panel=_MODEL)]
 Format = Annotated[
     LoadFormat | None, typer.Option("--load-format", help="dummy: random weights.", rich_help_panel=_MODEL)
+]
+WeightFormat = Annotated[
+    WeightFormatName | None,
+    typer.Option("--weight-format", help="nz: tiled as Ascend's matrix unit reads (plain).", rich_help_panel=_MODEL),
 ]
 MaxModelLen = Annotated[
     int | None,
@@ -140,6 +150,14 @@ MaxNumQueuedReqs = Annotated[
 ]
 MaxStepsInFlight = Annotated[
     int | None, typer.Option("--max-steps-in-flight", help="1, or 2 to overlap steps.", rich_help_panel=_BATCH)
+]
+GraphMode = Annotated[
+    GraphModeName | None,
+    typer.Option("--graph-mode", help="How steps become device graphs (auto).", rich_help_panel=_BATCH),
+]
+GraphCacheDir = Annotated[
+    str | None,
+    typer.Option("--graph-cache-dir", help="Of compiled graphs (~/.cache/nanovllm_dist).", rich_help_panel=_BATCH),
 ]
 EnforceEager = Annotated[bool | None, typer.Option("--enforce-eager", help="No device graphs.", rich_help_panel=_BATCH)]
 

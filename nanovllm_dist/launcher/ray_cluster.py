@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -20,15 +18,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import EngineStartError
+from nanovllm_dist.launcher.cluster_lookup import check_reachable, processes_of
+from nanovllm_dist.launcher.model_store import resolve_model
 from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
-from nanovllm_dist.launcher.sites import Site
+from nanovllm_dist.launcher.sites import Site, in_order
 from nanovllm_dist.launcher.supervisor import Supervisor
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB, and no object of ours goes there
 _PLACEMENT_SECONDS = 60.0
 _CALL_SECONDS = 10.0
 _ACTOR_SECONDS = 60.0
-_REACH_SECONDS = 10.0
 _OWN_HOST = "127.0.0.1"
 _GONE = -9
 # Ray names the resources that it knows itself by an option of their own
@@ -51,6 +50,13 @@ class ProcessHost:
         context = ray.get_runtime_context()
         devices = context.get_accelerator_ids().get(resource) or [""]
         return context.get_node_id(), ray.util.get_node_ip_address(), str(devices[0]), os.getuid()
+
+    def find_model(self, directory: str, name: str, hub: str) -> str:
+        """The model's directory on this node: the same as the launcher's, or that of its name. Raises
+        ModelNotFoundError."""
+        if (Path(directory) / "config.json").is_file():
+            return directory
+        return str(resolve_model(name, hub=hub, progress=False))
 
     def start(self, name: str, module: str, spec: str, environment: dict[str, str]) -> int:
         """Start the process; returns its pid."""
@@ -130,12 +136,15 @@ class RayBackend:
         self._connected_here = False
         self._group: Any = None
         self._actors: list[Any] = []
+        self._sites: list[Site] = []
+        self._models: dict[str, str] = {}  # by node
         self._coordinator: Any = None
 
-    def open(self, config: EngineConfig) -> None:
+    def open(self, config: EngineConfig, resource: str, count: int) -> None:
         """Start a private Ray on this host, or join the one at `ray_address` (or the RAY_ADDRESS variable).
 
-        A program that has connected to Ray itself keeps its connection, and that cluster is used.
+        A program that has connected to Ray itself keeps its connection, and that cluster is used. A private Ray is told
+        of `count` devices where `resource` is none that Ray has an option for.
         """
         if ray.is_initialized():
             return
@@ -143,23 +152,27 @@ class RayBackend:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # visible devices are set by us, explicitly
         self._own_cluster = not address
+        own = {} if resource in _RESOURCE_OPTIONS else {resource: float(count)}
         try:
-            self._thread.run(lambda: self._join(address) if address else self._start(config.tensor_parallel_size))
+            self._thread.run(lambda: self._join(address) if address else self._start(config.tensor_parallel_size, own))
         except (RayError, OSError, RuntimeError, ValueError) as error:
             what = f"Ray at {address} cannot be joined" if address else "Ray did not start"
             hint = "a cluster with tokens needs RAY_AUTH_MODE=token" if address else "launcher=local needs no Ray"
             raise EngineStartError(f"{what}: {error}; {hint}") from error
 
     def _join(self, address: str) -> None:
-        _check_reachable(address)
+        check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         self._connected_here = True
 
-    def _start(self, ranks: int) -> None:
+    def _start(self, ranks: int, resources: dict[str, float]) -> None:
         temp_dir = self._supervisor.directory / "r"
+        # it would look for the devices' model name and write a traceback where it finds none; only numbers matter here
+        logging.getLogger("ray._private.accelerators").setLevel(logging.CRITICAL)
         ray.init(
             address="local",
             num_cpus=ranks + 1,  # logical: a bundle for each rank of a CPU engine, and the coordinator
+            resources=resources,
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -169,7 +182,7 @@ class RayBackend:
             _system_config={"memory_monitor_refresh_ms": 0},  # it would kill a worker for other programs' memory
         )
         self._connected_here = True
-        self._supervisor.watch(*_processes_of(temp_dir))
+        self._supervisor.watch(*processes_of(temp_dir))
 
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
         """Reserve one unit of `resource` per rank and put an actor there. Raises EngineStartError."""
@@ -178,27 +191,46 @@ class RayBackend:
         answers = self._get([actor.site.remote(resource) for actor in actors])
         here = ray.get_runtime_context().get_node_id()
         found = [
-            (Site(node, host, device, with_launcher=node == here and uid == os.getuid()), actor)
-            for (node, host, device, uid), actor in zip(answers, actors, strict=True)
+            Site(node, host, device, with_launcher=node == here and uid == os.getuid())
+            for node, host, device, uid in answers
         ]
-        found.sort(key=lambda pair: (not pair[0].with_launcher, pair[0].host, pair[0].node, _natural(pair[0].device)))
-        self._actors = [actor for _, actor in found]
-        sites = [site for site, _ in found]
-        affinity = NodeAffinitySchedulingStrategy(sites[0].node, soft=False)
+        order = in_order(found)
+        self._actors = [actors[index] for index in order]
+        self._sites = [found[index] for index in order]
+        affinity = NodeAffinitySchedulingStrategy(self._sites[0].node, soft=False)
         self._coordinator = self._new_actor(num_cpus=0, scheduling_strategy=affinity)
-        return sites
+        return self._sites
+
+    def model_directory(self, config: EngineConfig, rank: int) -> str:
+        """The launcher's own directory where the rank's host has it, else what the model's name gives there."""
+        site = self._sites[rank]
+        if site.with_launcher:
+            return config.model
+        if site.node not in self._models:
+            call = self._actors[rank].find_model.remote(config.model, config.served_model_name, config.hub)
+            try:
+                self._models[site.node] = str(ray.get(call, timeout=config.startup_timeout))
+            except (RayError, GetTimeoutError) as error:
+                raise EngineStartError(
+                    f"host {site.host} of rank {rank} has no {config.model}, and {config.served_model_name!r} cannot "
+                    f"be had there: {_last_line(error)}; put the model in the same directory on every host"
+                ) from error
+        return self._models[site.node]
 
     def _place(self, ranks: int, resource: str, timeout: float) -> Any:
         total = ray.cluster_resources()
         asked = f"{ranks} x 1 {resource}"
         if self._own_cluster and total.get(resource, 0) < ranks:
             raise EngineStartError(f"this host has {total.get(resource, 0):g} {resource}, and {asked} was asked for")
+        declare = f"; each node declares what it has: ray start --resources='{{\"{resource}\": N}}'"
+        hint = "" if resource in _RESOURCE_OPTIONS else declare
         group = placement_group([{resource: 1}] * ranks, strategy="PACK")
         if not group.wait(min(timeout, _PLACEMENT_SECONDS)):
             free = ray.available_resources().get(resource, 0)
             remove_placement_group(group)
             raise EngineStartError(
                 f"the Ray cluster has {total.get(resource, 0):g} {resource} ({free:g} free), and {asked} was asked for"
+                f"{hint}"
             )
         return group
 
@@ -251,24 +283,6 @@ class RayBackend:
             remove_placement_group(self._group)
 
 
-def _check_reachable(address: str) -> None:
-    """Raise OSError now where Ray itself would try for minutes. `auto` and the like are Ray's to look up."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "://" not in address:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
-
-
-def _natural(device: str) -> tuple[int, str]:
-    return (int(device), "") if device.isdigit() else (0, device)
-
-
-def _processes_of(temp_dir: Path) -> list[int]:
-    """Pids of the Ray processes that use `temp_dir`, and of those that they started."""
-    pids: list[int] = []
-    for child in psutil.Process().children():
-        try:
-            if any(str(temp_dir) in argument for argument in child.cmdline()):
-                pids += [child.pid, *(grandchild.pid for grandchild in child.children(recursive=True))]
-        except psutil.Error:
-            continue
-    return pids
+def _last_line(error: BaseException) -> str:
+    """What a remote call failed with, without its traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

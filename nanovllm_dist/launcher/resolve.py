@@ -50,18 +50,20 @@ def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineC
         launcher=launcher,
         **_batch_limits(config, platform),
     )
+    platform.check(resolved, model)
     return resolved, model
 
 
 def _model_directory(config: EngineConfig, progress: bool) -> Path:
     from nanovllm_dist.launcher.model_store import resolve_model
 
-    return resolve_model(config.model, hub=config.hub, progress=progress)
+    # absolute: a process on a cluster starts in another directory
+    return resolve_model(config.model, hub=config.hub, progress=progress).absolute()
 
 
 def _tokenizer(config: EngineConfig, directory: Path, progress: bool) -> str:
     if not config.tokenizer or Path(config.tokenizer).is_dir():
-        return config.tokenizer or str(directory)
+        return str(Path(config.tokenizer).absolute() if config.tokenizer else directory)
     return str(_model_directory(config.replace(model=config.tokenizer), progress))
 
 

@@ -27,12 +27,19 @@ class Backend(Protocol):
 
     poll_seconds: float
 
-    def open(self, config: EngineConfig) -> None:
-        """Bring up or join what starts processes. Raises EngineStartError."""
+    def open(self, config: EngineConfig, resource: str, count: int) -> None:
+        """Bring up or join what starts processes. Raises EngineStartError.
+
+        Each rank will reserve one `resource`, of which this host has `count`.
+        """
         ...
 
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
         """One site per rank, ranks of one host adjacent. Raises ConfigError, EngineStartError."""
+        ...
+
+    def model_directory(self, config: EngineConfig, rank: int) -> str:
+        """Where the model is on the rank's host, fetched there if need be. Raises EngineStartError."""
         ...
 
     def start(self, program: Program, rank: int | None) -> RunningProcess:
@@ -42,6 +49,18 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give back what `open` and `reserve` took."""
         ...
+
+
+def in_order(sites: list[Site]) -> list[int]:
+    """Indices of `sites` in the order of their ranks: the launcher's host first, then by address; a host's devices
+    adjacent and by number."""
+
+    def key(index: int) -> tuple[bool, str, str, tuple[int, str]]:
+        site = sites[index]
+        device = (int(site.device), "") if site.device.isdigit() else (0, site.device)
+        return not site.with_launcher, site.host, site.node, device
+
+    return sorted(range(len(sites)), key=key)
 
 
 def device_environment(sites: list[Site], rank: int, visible_env: str) -> tuple[dict[str, str], int]:

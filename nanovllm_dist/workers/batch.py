@@ -34,6 +34,12 @@ class StepRows:
     ends: Ints
     samples: npt.NDArray[np.bool_]
 
+    @classmethod
+    def none(cls) -> StepRows:
+        """No rows: all of a padded step is padding."""
+        nothing = np.empty(0, dtype=np.int64)
+        return cls(nothing, nothing, nothing, nothing, np.empty(0, dtype=bool))
+
     @property
     def only_decodes(self) -> bool:
         """Whether every row runs one token and samples the next."""
@@ -68,19 +74,29 @@ class Batch:
     """Rows of one worker: at most `max_num_seqs`, each of at most `max_len` tokens.
 
     Attributes:
-        token_ids: [max_num_seqs + 1, max_len + 1] int32 on the device.
+        token_ids: [max_num_seqs + 1, max_len + 1] of `token_dtype` on the device.
         block_tables: [max_num_seqs + 1, blocks of max_len + 1] int32 on the device; the last row is all null blocks.
         padding_slot: the slot of that row.
+
+    `block_stride`: see kv_cache; `token_dtype`: what the device writes best.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_len: int, block_size: int, transfers: Transfers, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_len: int,
+        block_size: int,
+        transfers: Transfers,
+        device: torch.device,
+        block_stride: int,
+        token_dtype: torch.dtype = torch.int32,
     ) -> None:
         rows = max_num_seqs + 1
         self.block_size = block_size
+        self._block_stride = block_stride
         self.padding_slot = max_num_seqs
         self._transfers = transfers
-        self.token_ids = torch.zeros(rows, max_len + 1, dtype=torch.int32, device=device)
+        self.token_ids = torch.zeros(rows, max_len + 1, dtype=token_dtype, device=device)
         self._tables = np.zeros((rows, -(-max_len // block_size) + 1), dtype=np.int32)
         self.block_tables = torch.from_numpy(self._tables).to(device)
         self._table_len: Ints = np.zeros(rows, dtype=np.int64)
@@ -158,15 +174,17 @@ class Batch:
         return self.token_ids[token_slots, positions].long()
 
     def decode_arrays(self, rows: StepRows, size: int) -> list[Array]:
-        """A step of decodes as `size` rows, padded: slots, positions, cache slots (int64), context lengths (int32)."""
+        """A step of decodes as `size` rows, padded: places in the flat token table, slots, positions, cache slots
+        (int64), context lengths (int32)."""
         slots = np.full(size, self.padding_slot, dtype=np.int64)
         positions = np.zeros(size, dtype=np.int64)
         slots[: len(rows.slots)], positions[: len(rows.slots)] = rows.slots, rows.starts
-        return [slots, positions, self._cache_slots(slots, positions), (positions + 1).astype(np.int32)]
+        places = slots * self.token_ids.shape[1] + positions
+        return [places, slots, positions, self._cache_slots(slots, positions), (positions + 1).astype(np.int32)]
 
     def append(self, slots: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
         """Put sampled tokens [S] where the next step reads them."""
-        self.token_ids[slots, positions] = tokens.to(torch.int32)
+        self.token_ids[slots, positions] = tokens.to(self.token_ids.dtype)
 
     def prompt_rows(self, rows: StepRows) -> list[tuple[int, int, int, int]]:
         """(slot, first position, last position, index of the first among the step's tokens) of prompt tokens whose
@@ -213,7 +231,7 @@ class Batch:
         on_device = self._transfers.upload(arrays)
         self.block_tables[on_device[0], on_device[1]] = on_device[2]
         if tokens:
-            self.token_ids[on_device[3], on_device[4]] = on_device[5]
+            self.token_ids[on_device[3], on_device[4]] = on_device[5].to(self.token_ids.dtype)
 
     def _enter(self, row: NewRow) -> Array:
         slot = row.slot
@@ -230,7 +248,7 @@ class Batch:
 
     def _cache_slots(self, slots: Ints, positions: Ints) -> Ints:
         blocks = self._tables[slots, positions // self.block_size].astype(np.int64)
-        places = blocks * self.block_size + positions % self.block_size
+        places = blocks * self._block_stride + positions % self.block_size
         # a token whose keys are cached already runs only for its logits: it writes to the null block
         places[positions < self._num_cached[slots]] = 0
         return places

@@ -1,4 +1,4 @@
-"""Steps as device graphs: each shape is recorded when it first comes up, and replayed from then on.
+"""Steps as device graphs: each shape is recorded when it first comes up, or ahead, and replayed from then on.
 
 Shapes come up in the same order on every rank, because all ranks run the same steps. What a device's graph is, and
 what a step computes, is unknown here.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,8 +17,10 @@ from nanovllm_dist.workers.batch import StepShape
 from nanovllm_dist.workers.transfers import Array, Transfers, packed_size, views
 
 T = TypeVar("T")
-# Replays a recorded run of work on the device
-Replay = Callable[[], None]
+# (inputs on the device, context lengths on the host or none) -> whatever the step returns
+StepBody = Callable[[list[torch.Tensor], list[int]], T]
+# Context lengths of this step -> what the body returned, with this step's contents
+Replay = Callable[[list[int]], T]
 _SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _DECODE_STEP = 64
 _SMALLEST_CHUNK = 64
@@ -27,48 +29,63 @@ _TOKENS_PER_PREFILL = 32
 _FEW_PREFILLS = 8
 
 
+class Recorder(Protocol):
+    """A device's way to repeat steps.
+
+    Attributes:
+        records_prefills: whether steps with prefill in them can be recorded; decodes always can.
+        shares_logits: whether the logits of a decode go to one place for all sizes, which a graph would else keep for
+            each.
+        records_ahead: whether that takes so long that every decode size is recorded before the first request.
+    """
+
+    records_prefills: bool
+    shares_logits: bool
+    records_ahead: bool
+
+    def decode_sizes(self, max_num_seqs: int) -> list[int]:
+        """Rows of decode graphs in rising order, the last of them `max_num_seqs`."""
+        ...
+
+    def record(self, key: Hashable, body: StepBody[T], inputs: list[torch.Tensor], lengths: list[int]) -> Replay[T]:
+        """A replay of `body` that reads `inputs` at the same addresses each time.
+
+        What a replay returns is overwritten by the next of any key. It gets as many lengths as there are here, whose
+        values mean nothing.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class _Recorded:
     packed: torch.Tensor
-    outputs: Any
-    replay: Replay
+    replay: Replay[Any]
 
 
 class Graphs:
-    """Recorded runs by key.
+    """Recorded runs by key."""
 
-    Args:
-        record: the platform's recorder: records what the function queues, without running it; returns what replays it.
-    """
-
-    def __init__(
-        self, record: Callable[[Callable[[], None]], Replay], transfers: Transfers, device: torch.device
-    ) -> None:
-        self._record = record
+    def __init__(self, recorder: Recorder, transfers: Transfers, device: torch.device) -> None:
+        self._recorder = recorder
         self._transfers = transfers
         self._device = device
         self._recorded: dict[Hashable, _Recorded] = {}
 
-    def run(self, key: Hashable, arrays: Sequence[Array], body: Callable[[list[torch.Tensor]], T]) -> T:
-        """`body` of the arrays on the device: recorded the first time, replayed each time.
+    def run(self, key: Hashable, arrays: Sequence[Array], lengths: list[int], body: StepBody[T]) -> T:
+        """`body` of the arrays on the device and the lengths: recorded the first time, replayed each time.
 
         For one key, arrays have the same shapes and dtypes and `body` queues the same work; it must not wait for the
-        device or depend on values there. What it returns is overwritten by the next run of any key.
+        device or depend on values there, and on lengths only by handing them to operators. What it returns is
+        overwritten by the next run of any key.
         """
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._recorded[key] = self._new(arrays, body)
+            packed = torch.zeros(packed_size(arrays), dtype=torch.uint8, device=self._device)
+            replay = self._recorder.record(key, body, views(packed, arrays), lengths)
+            recorded = self._recorded[key] = _Recorded(packed, replay)
         self._transfers.upload_into(recorded.packed, arrays)
-        recorded.replay()
-        outputs: T = recorded.outputs
+        outputs: T = recorded.replay(lengths)
         return outputs
-
-    def _new(self, arrays: Sequence[Array], body: Callable[[list[torch.Tensor]], T]) -> _Recorded:
-        packed = torch.zeros(packed_size(arrays), dtype=torch.uint8, device=self._device)
-        inputs = views(packed, arrays)
-        outputs: list[T] = []
-        replay = self._record(lambda: outputs.append(body(inputs)))
-        return _Recorded(packed, outputs[-1], replay)
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch
 from nanovllm_dist.errors import ConfigError
 
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
+# Keys of a layer are [blocks, block_size, kv heads, head_dim]. In memory a block holds whole tokens one after the other
+# ("tokens"), or all tokens of a head before those of the next ("heads"); "rows" is that as plain rows of head_dim
+CacheLayout = Literal["tokens", "heads", "rows"]
 
 
 def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -34,6 +38,11 @@ def blocks_that_fit(cache_bytes: int, block_bytes: int, most_useful: int) -> int
     return blocks
 
 
+def block_stride(layout: CacheLayout, block_size: int, num_kv_heads: int) -> int:
+    """Slots from one block to the next, as `AttentionBatch.slot_mapping` counts them."""
+    return block_size * num_kv_heads if layout == "rows" else block_size
+
+
 def allocate(
     num_layers: int,
     num_blocks: int,
@@ -42,20 +51,23 @@ def allocate(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    heads_first: bool = False,
+    layout: CacheLayout = "tokens",
 ) -> KVCache:
-    """Keys and values per layer, each [num_blocks, block_size, num_kv_heads, head_dim].
+    """Keys and values per layer, each [num_blocks, block_size, num_kv_heads, head_dim] or, in rows,
+    [num_blocks * num_kv_heads * block_size, head_dim].
 
-    `heads_first`: in memory, the slots of one head lie together in a block.
     Zeros, because a masked key of garbage may be NaN, and NaN times probability zero is NaN.
     """
-    if heads_first:
-        shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        made = [[_zeros(shape, dtype, device).transpose(1, 2) for _ in range(2)] for _ in range(num_layers)]
-    else:
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        made = [[_zeros(shape, dtype, device) for _ in range(2)] for _ in range(num_layers)]
-    return [(keys, values) for keys, values in made]
+    by_head = (num_blocks, num_kv_heads, block_size, head_dim)
+    by_token = (num_blocks, block_size, num_kv_heads, head_dim)
+
+    def one() -> torch.Tensor:
+        if layout == "tokens":
+            return _zeros(by_token, dtype, device)
+        zeros = _zeros(by_head, dtype, device)
+        return zeros.transpose(1, 2) if layout == "heads" else zeros.view(-1, head_dim)
+
+    return [(one(), one()) for _ in range(num_layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from nanovllm_dist.models.registry import build_model
 from nanovllm_dist.wire.messages import NewRow, Step, TokenLogprobs, unpack_ints
 from nanovllm_dist.workers import kv_cache
 from nanovllm_dist.workers.batch import Batch, Ints, StepRows, StepShape
-from nanovllm_dist.workers.graphs import Graphs, chunk_shape, chunk_shapes, decode_size, decode_sizes
+from nanovllm_dist.workers.decode_step import DecodeStep
+from nanovllm_dist.workers.graphs import Graphs, Recorder, chunk_shape, chunk_shapes, decode_size
 from nanovllm_dist.workers.logprobs import prompt_logprobs
-from nanovllm_dist.workers.platform.base import Platform
+from nanovllm_dist.workers.platform.base import DeviceSampler, Platform
 from nanovllm_dist.workers.profile_steps import profile_steps
 from nanovllm_dist.workers.running_step import RunningStep
 from nanovllm_dist.workers.sampler import Sampler
@@ -36,6 +38,14 @@ from nanovllm_dist.workers.transfers import Array
 _LOGIT_ROWS = 256
 # Filters sort whole rows: at 151,936 tokens this many take some 300 MB
 _SPECIAL_ROWS = 32
+
+
+class _Decodes(NamedTuple):
+    """Decodes as graphs of `sizes` rows, which all run `step`."""
+
+    graphs: Graphs
+    sizes: list[int]
+    step: DecodeStep
 
 
 class ModelRunner:
@@ -53,19 +63,26 @@ class ModelRunner:
         self._platform = platform
         self._comm = comm
         self._device = device
+        self._model_config = model_config
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        kernels = platform.layer_kernels(config, model_config, comm, self.dtype)
-        self.model = build_model(model_config, comm, kernels, self.dtype, device)
+        self._kernels = platform.layer_kernels(config, model_config, comm, self.dtype)
+        self.model = build_model(model_config, comm, self._kernels, self.dtype, device)
         self._device_sampler = platform.device_sampler(comm, self.model.lm_head)
-        self._compiled = platform.compile_kernels(config, model_config, self.model, kernels, self._device_sampler)
+        self._compiled = platform.compile_kernels(config, model_config, self.model, self._kernels, self._device_sampler)
         self._transfers = platform.transfers(config)
-        self._batch = Batch(config.max_num_seqs, config.max_model_len, config.block_size, self._transfers, device)
+        self._batch = Batch(
+            config.max_num_seqs,
+            config.max_model_len,
+            config.block_size,
+            self._transfers,
+            device,
+            kv_cache.block_stride(platform.cache_layout, config.block_size, self.model.kv_heads),
+            getattr(torch, platform.token_dtype),
+        )
         self._table = SamplingTable(config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids, device)
         self._sampler = Sampler(self._table)
-        self._graphs: Graphs | None = None
-        self._sizes = decode_sizes(config.max_num_seqs)
-        self._shapes = chunk_shapes(config.max_num_batched_tokens, config.max_num_seqs)
-        self._logits = torch.empty(0)
+        self._decodes: _Decodes | None = None
+        self._shapes: list[StepShape] = []
         self._kv_caches: kv_cache.KVCache = []
         self._launched = 0.0  # when the device had the work of the step that is being started
 
@@ -92,12 +109,11 @@ class ModelRunner:
     def allocate(self, num_blocks: int) -> None:
         """Allocate the KV cache; from here on steps may be recorded."""
         self._kv_caches = self._new_cache(num_blocks)
-        record = None if self.config.enforce_eager else self._platform.recorder()
-        if record is not None and self._device_sampler is not None:
-            # one place for the logits of all graphs, which would else each keep their own
-            rows, columns = self.config.max_num_seqs, self.model.lm_head.columns
-            self._logits = torch.empty(rows, columns, dtype=self.dtype, device=self._device)
-            self._graphs = Graphs(record, self._transfers, self._device)
+        if self.config.enforce_eager or self._device_sampler is None:
+            return
+        recorder = self._platform.recorder(self.config, self._model_config, self._kernels, self._comm)
+        if recorder is not None:
+            self._record_with(recorder, self._device_sampler)
 
     @torch.inference_mode()
     def start(self, step: Step) -> RunningStep | None:
@@ -105,8 +121,8 @@ class ModelRunner:
         for row in step.new_rows:
             self._enter(row)
         rows = self._batch.begin(step)
-        if self._graphs is not None and rows.only_decodes:
-            tokens, logprobs = self._replay(rows, self._graphs)
+        if self._decodes is not None and rows.only_decodes:
+            tokens, logprobs = self._replay(rows, self._decodes)
             prompt: list[tuple[int, int, list[TokenLogprobs]]] = []
         else:
             tokens, logprobs, prompt = self._run(rows)
@@ -124,15 +140,15 @@ class ModelRunner:
         self, rows: StepRows
     ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]], list[tuple[int, int, list[TokenLogprobs]]]]:
         """A step of any shape: the model by graph where there is one that holds it, the rest by operation."""
-        shape = None if self._graphs is None else chunk_shape(self._shapes, rows.shape)
-        if self._graphs is None or shape is None:
+        shape = chunk_shape(self._shapes, rows.shape)
+        if self._decodes is None or shape is None:
             inputs = self._transfers.upload(self._batch.step_arrays(rows, rows.shape))
             attention = self._batch.host_attention(inputs, rows, self._kv_caches)
             self._launched = time.monotonic()
             hidden = self._forward(inputs, attention)
         else:
             arrays = self._batch.step_arrays(rows, shape)
-            hidden = self._graphs.run(shape, arrays, lambda inputs: self._chunk(inputs, shape))
+            hidden = self._decodes.graphs.run(shape, arrays, [], lambda inputs, _lengths: self._chunk(inputs, shape))
             self._launched = time.monotonic()
         prompt = [self._prompt_logprobs(hidden, *wanted) for wanted in self._batch.prompt_rows(rows)]
         if not len(rows.sample_slots):
@@ -161,12 +177,10 @@ class ModelRunner:
         self._batch.append(device_slots, device_positions, tokens)
         return tokens, logprobs
 
-    def _replay(self, rows: StepRows, graphs: Graphs) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+    def _replay(self, rows: StepRows, decodes: _Decodes) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
         """A step of decodes alone, by graph; rows that want more than a plain draw are sampled again after it."""
         count = len(rows.slots)
-        size = decode_size(self._sizes, count)
-        arrays = [*self._batch.decode_arrays(rows, size), *self._draws(rows, size)]
-        sampled, logits = graphs.run(size, arrays, self._decode)
+        sampled, logits = self._decode(rows, decodes, decode_size(decodes.sizes, count))
         self._launched = time.monotonic()
         plain = sampled[:count]
         tokens, logprobs = self._sample_special(logits[:count], rows, plain)
@@ -175,26 +189,21 @@ class ModelRunner:
             self._batch.append(slots, positions, tokens)
         return tokens, logprobs
 
-    def _decode(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a decode graph records: (tokens int64 [size], this rank's logits [size, columns])."""
-        assert self._device_sampler is not None
-        slots, positions, cache_slots, context_lens, inv_temperature, uniforms = inputs
-        size = len(slots)
-        query_start = torch.arange(size + 1, dtype=torch.int32, device=self._device)
-        rows = [slots, positions, cache_slots, slots, context_lens, query_start]
-        hidden = self._chunk(rows, StepShape(size, size, 0))
-        logits = self.model.lm_head(hidden, out=self._logits[:size])
-        tokens = self._device_sampler.sample(logits, inv_temperature, uniforms)
-        self._batch.append(slots, positions + 1, tokens)
-        return tokens, logits
+    def _decode(self, rows: StepRows, decodes: _Decodes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens int64 [size], this rank's logits [size, columns]) of rows padded to `size`."""
+        arrays = self._batch.decode_arrays(rows, size)
+        lengths: list[int] = arrays[-1].tolist()
+        return decodes.graphs.run(size, [*arrays, *self._draws(rows, size)], lengths, decodes.step.forward)
 
     def _draws(self, rows: StepRows, size: int) -> list[Array]:
-        """float32 inverse temperatures and float64 uniforms of the sampling rows, padded to `size`."""
+        """float32 inverse temperatures, and uniforms as the device's sampler likes them, padded to `size`."""
         slots = rows.sample_slots
-        inv_temperature, uniforms = np.zeros(size, dtype=np.float32), np.zeros(size)
+        dtype = np.float64 if self._device_sampler is None else self._device_sampler.uniform_dtype
+        inv_temperature, uniforms = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=dtype)
         inv_temperature[: len(slots)] = self._table.inv_temperature[slots]
         uniforms[: len(slots)] = uniform(self._table.seed[slots], rows.sample_positions)
-        return [inv_temperature, uniforms]
+        below_one = np.nextafter(dtype(1), dtype(0))  # which a draw just below it may be rounded to
+        return [inv_temperature, np.minimum(uniforms, below_one)]
 
     def _sample_special(
         self, logits: torch.Tensor, rows: StepRows, tokens: torch.Tensor
@@ -239,6 +248,23 @@ class ModelRunner:
 
     # --- start-up ------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
+    def _record_with(self, recorder: Recorder, sampler: DeviceSampler) -> None:
+        config = self.config
+        logits = None
+        if recorder.shares_logits:
+            # one place for the logits of all graphs, which would else each keep their own
+            logits = torch.empty(config.max_num_seqs, self.model.lm_head.columns, dtype=self.dtype, device=self._device)
+        step = DecodeStep(self.model, sampler, self._batch.token_ids, self._batch.block_tables, self._kv_caches, logits)
+        sizes = recorder.decode_sizes(config.max_num_seqs)
+        decodes = self._decodes = _Decodes(Graphs(recorder, self._transfers, self._device), sizes, step)
+        if recorder.records_prefills:
+            self._shapes = chunk_shapes(config.max_num_batched_tokens, config.max_num_seqs)
+        if recorder.records_ahead:
+            for size in sizes:
+                self._decode(StepRows.none(), decodes, size)
+            self._platform.synchronize()
+
     def _profile(self) -> None:
         """The largest steps there can be, sampler included, on a small cache of their own."""
         steps, num_blocks = profile_steps(self.config, self._platform.profile_tokens(self.config))
@@ -264,5 +290,5 @@ class ModelRunner:
             self.model.head_dim,
             self.dtype,
             self._device,
-            heads_first=self._platform.cache_heads_first,
+            layout=self._platform.cache_layout,
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from nanovllm_dist.launcher.resolve import resolve_config
 from nanovllm_dist.models.parallel import SingleRank
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire.messages import NewRow, Step, StepResult, pack_ints, unpack_ints
+from nanovllm_dist.workers.graphs import Recorder
 from nanovllm_dist.workers.model_runner import ModelRunner
 from nanovllm_dist.workers.platform import get_platform
 from nanovllm_dist.workers.running_step import RunningStep
@@ -51,7 +53,7 @@ class Runner:
         device = platform.open_device(0, config)
         self.recorded = 0
         make_recorder = platform.recorder
-        platform.recorder = lambda: self._counting(make_recorder())  # type: ignore[method-assign,assignment,return-value]
+        platform.recorder = lambda *of: self._counting(make_recorder(*of))  # type: ignore[method-assign,assignment]
         self._runner = ModelRunner(config, model_config, platform, SingleRank(), device)
         self._runner.load(lambda done, total: None)
         self._runner.allocate(self._runner.measure_blocks())
@@ -116,17 +118,17 @@ class Runner:
     def _block(self, slot: int, index: int) -> int:
         return int(self._pool[slot * BLOCKS_PER_ROW + index])
 
-    def _counting(
-        self, record: Callable[[Callable[[], None]], Callable[[], None]] | None
-    ) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        if record is None:
+    def _counting(self, recorder: Recorder | None) -> Recorder | None:
+        if recorder is None:
             return None
+        record = recorder.record
 
-        def counted(run: Callable[[], None]) -> Callable[[], None]:
+        def counted(*arguments: Any) -> Any:
             self.recorded += 1
-            return record(run)
+            return record(*arguments)
 
-        return counted
+        recorder.record = counted  # type: ignore[method-assign]
+        return recorder
 
 
 def tokens_of(result: StepResult) -> list[int]:

@@ -29,7 +29,7 @@ def test_a_torch_without_cuda_is_told_from_one_with_it(monkeypatch: pytest.Monke
 
 
 def test_an_unknown_device_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"auto, cuda, cpu"):
+    with pytest.raises(ConfigError, match=r"auto, npu, cuda, cpu"):
         get_platform("abacus")
 
 
@@ -41,11 +41,19 @@ def test_gpu_kernels_refuse_sizes_they_cannot_take(block_size: int, head_dim: in
     model = read_model_config(TINY, {"head_dim": head_dim})
     config = EngineConfig(model="tiny", block_size=block_size)
     with pytest.raises(ConfigError, match=named):
-        cuda._check_limits(config, model)
+        cuda.CudaPlatform().check(config, model)
 
 
 @pytest.mark.parametrize(("block_size", "head_dim"), [(16, 64), (64, 80), (64, 96), (128, 128), (256, 256)])
 def test_gpu_kernels_take_the_usual_sizes(block_size: int, head_dim: int) -> None:
-    cuda._check_limits(
+    cuda.CudaPlatform().check(
         EngineConfig(model="tiny", block_size=block_size), read_model_config(TINY, {"head_dim": head_dim})
     )
+
+
+@pytest.mark.parametrize("options", [{"weight_format": "nz"}, {"graph_mode": "torchair"}])
+def test_an_option_of_another_device_is_refused_by_name(options: dict[str, str], tiny_model: Path) -> None:
+    config = EngineConfig(model=str(tiny_model), device="cpu", **options)  # type: ignore[arg-type]
+    (name,) = options
+    with pytest.raises(ConfigError, match=rf"{name}=.* is not for device=cpu"):
+        get_platform("cpu").check(config, read_model_config(str(tiny_model), {}))

@@ -18,15 +18,17 @@ class AttentionBatch:
     Tokens beyond the rows' own are padding: they are run, and what comes out for them means nothing.
 
     Attributes:
-        slot_mapping: [T] int64, flat slot (block * block_size + offset) of each token's key and value. Tokens that
-            must not be written, and padding, point into block 0, which is never a row's.
+        slot_mapping: [T] int64, where each token's key and value go: block * block_size + offset, or in a cache of
+            rows that of the first head, block * block_size * num_kv_heads + offset. Tokens that must not be written,
+            and padding, point into block 0, which is never a row's.
         block_tables: [R, max_blocks] int32, each row's blocks in order; entries beyond its context are not read.
         context_lens: [R] int32, keys visible to the row's last token, those of this step included.
         query_start: [R + 1] int32, where each row's tokens begin.
         num_decodes: the first so many rows have exactly one token each; the others are prefill chunks.
         host_query_lens: tokens of each row, on the host; empty in a step that is recorded as a graph.
-        host_context_lens: `context_lens` on the host; likewise.
-        kv_caches: keys and values of each layer, [num_blocks, block_size, num_kv_heads of this rank, head_dim]. Must
+        host_context_lens: `context_lens` on the host; likewise, unless the device's graphs take them anew each time.
+        kv_caches: keys and values of each layer, [num_blocks, block_size, num_kv_heads of this rank, head_dim] or the
+            same numbers as rows of head_dim, in the order [num_blocks, num_kv_heads, block_size]. Must
             start as zeros: a backend may read slots behind a row's last key and mask them, which does not hide a NaN.
     """
 

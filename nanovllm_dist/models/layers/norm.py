@@ -51,7 +51,12 @@ class RMSNorm(nn.Module):
 
 
 class QueryKeyNorm(nn.Module):
-    """RMSNorm of each query head and each key head, both in one go over heads that lie side by side."""
+    """RMSNorm of each query head and each key head, both in one go over heads that lie side by side.
+
+    Attributes:
+        weight: [num_heads + num_kv_heads, head_dim], one row for each head, all query heads' equal, all key heads'.
+        query_weight, key_weight: [head_dim], the same memory, for kernels that take one weight for all heads.
+    """
 
     def __init__(
         self,
@@ -68,6 +73,8 @@ class QueryKeyNorm(nn.Module):
         self._num_heads = num_heads
         self.eps = eps
         self.weight = empty_parameter(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device)
+        self.query_weight = nn.Parameter(self.weight.detach()[0], requires_grad=False)
+        self.key_weight = nn.Parameter(self.weight.detach()[num_heads], requires_grad=False)
 
     def forward(self, query_key: torch.Tensor) -> torch.Tensor:
         """[T, num_heads + num_kv_heads, head_dim] -> the same shape."""

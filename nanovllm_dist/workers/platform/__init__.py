@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from nanovllm_dist.errors import ConfigError
-from nanovllm_dist.workers.platform.base import Platform
+from nanovllm_dist.workers.platform.base import Finding, Platform
 from nanovllm_dist.workers.platform.cpu import CpuPlatform
 from nanovllm_dist.workers.platform.cuda import CudaPlatform
+from nanovllm_dist.workers.platform.npu import NpuPlatform
 
-_PLATFORMS: tuple[type[Platform], ...] = (CudaPlatform, CpuPlatform)
+_PLATFORMS: tuple[type[Platform], ...] = (NpuPlatform, CudaPlatform, CpuPlatform)
 
 
 def platform_names() -> list[str]:
@@ -21,3 +22,8 @@ def get_platform(name: str) -> Platform:
         if name == platform.name or (name == "auto" and platform.is_present()):
             return platform()
     raise ConfigError(f"device={name!r} is not one of auto, {', '.join(platform_names())}")
+
+
+def findings() -> list[Finding]:
+    """What this host has of every kind of device."""
+    return [finding for platform in _PLATFORMS for finding in platform().findings()]

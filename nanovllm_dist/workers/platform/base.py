@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch._C._distributed_c10d import Store
 
@@ -21,16 +24,39 @@ if TYPE_CHECKING:
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
+    from nanovllm_dist.workers.graphs import Recorder
+    from nanovllm_dist.workers.kv_cache import CacheLayout
     from nanovllm_dist.workers.transfers import Transfers
 
 
 class DeviceSampler(Protocol):
     """Argmax and plain temperature draws, without waiting for the device."""
 
-    def sample(self, logits: torch.Tensor, inv_temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """logits [N, columns] of this rank, float32 [N] inverse temperatures (0: greedy), float64 [N] uniforms in
-        [0, 1) -> int64 [N], equal on all ranks. Every rank must call it."""
+    @property
+    def uniform_dtype(self) -> type[np.floating[Any]]:
+        """What it draws with."""
         ...
+
+    def sample(self, logits: torch.Tensor, inv_temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """logits [N, columns] of this rank, float32 [N] inverse temperatures (0: greedy), `uniform_dtype` [N] uniforms
+        in [0, 1) -> int64 [N], equal on all ranks. Every rank must call it."""
+        ...
+
+    def append(self, table: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Write tokens int64 [N] to int64 [N] places of the flat token table, in a way that a graph of the device can
+        hold; returns the tokens. Places that are there twice get one of their tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about this host. `remark` says what follows from it; with `blocks` the device cannot be used until that
+    is mended, and the remark says how."""
+
+    subject: str
+    value: str
+    remark: str = ""
+    blocks: bool = False
 
 
 class Platform(ABC):
@@ -45,16 +71,42 @@ class Platform(ABC):
     default_max_num_seqs: ClassVar[int]
     default_max_num_batched_tokens: ClassVar[int]
     default_steps_in_flight: ClassVar[int]
-    cache_heads_first: ClassVar[bool] = False  # see kv_cache.allocate
+    cache_layout: ClassVar[CacheLayout] = "tokens"
+    token_dtype: ClassVar[str] = "int32"  # of the token table
+    weight_formats: ClassVar[tuple[str, ...]] = ("plain",)
+    graph_modes: ClassVar[tuple[str, ...]] = ("auto", "eager")  # values of the graph_mode option
 
     @staticmethod
     @abstractmethod
     def is_present() -> bool:
-        """Whether such a device is on this machine, found out without importing torch."""
+        """Whether such a device is on this machine and torch can use it, found out without importing torch."""
+
+    @staticmethod
+    @abstractmethod
+    def count_devices() -> int:
+        """Devices that the driver shows this process, found out without importing torch."""
+
+    @abstractmethod
+    def findings(self) -> list[Finding]:
+        """What this host has of the device, its driver and its software; nothing where there is no trace of them."""
+
+    def check(self, config: EngineConfig, model: ModelConfig) -> None:
+        """Whether the device can run this resolved config. Raises ConfigError naming the option to change."""
+        if config.weight_format not in self.weight_formats:
+            raise ConfigError(f"weight_format={config.weight_format!r} is not for device={self.name}: leave it out")
+        if config.graph_mode not in self.graph_modes:
+            raise ConfigError(
+                f"graph_mode={config.graph_mode!r} is not for device={self.name}, which takes "
+                f"{' and '.join(self.graph_modes)}"
+            )
 
     @abstractmethod
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
         """Environment variables that must be set before a worker process starts."""
+
+    def host_environment(self, host: str) -> dict[str, str]:
+        """The same, for workers of the host of that address where ranks are spread over several."""
+        return {}
 
     @abstractmethod
     def open_device(self, device_index: int, config: EngineConfig) -> torch.device:
@@ -89,8 +141,10 @@ class Platform(ABC):
         """Start whatever must be compiled for this model; returns what waits for it."""
         return lambda: None
 
-    def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        """Records what a function queues on the device, without running it, and returns what replays it."""
+    def recorder(
+        self, config: EngineConfig, model: ModelConfig, kernels: LayerKernels, comm: Communicator
+    ) -> Recorder | None:
+        """What turns steps into device graphs as `config.graph_mode` says, or None where steps run by operation."""
         return None
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
-from nanovllm_dist.workers.platform.base import Platform
+from nanovllm_dist.workers.platform.base import Finding, Platform
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,21 @@ class CpuPlatform(Platform):
         """Always."""
         return True
 
+    @staticmethod
+    def count_devices() -> int:
+        """Cores: what Ray counts as well."""
+        return _usable_cores()
+
+    def findings(self) -> list[Finding]:
+        """Cores, and memory that is free."""
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return [
+            Finding("CPU", f"{_usable_cores()} cores"),
+            Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
+        ]
+
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
         """Each rank's share of the cores, and how long its threads wait for each other awake."""
         threads = config.threads_per_worker or max(1, _usable_cores() // config.tensor_parallel_size)
@@ -53,6 +68,8 @@ class CpuPlatform(Platform):
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
+            # extensions of other devices, which need drivers that may be missing, are not loaded beside torch
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         }
 
     def open_device(self, device_index: int, config: EngineConfig) -> torch.device:

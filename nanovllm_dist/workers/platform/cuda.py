@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
 import os
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
-from nanovllm_dist.workers.platform.base import DeviceSampler, Platform
+from nanovllm_dist.workers.platform.base import DeviceSampler, Finding, Platform
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +24,10 @@ if TYPE_CHECKING:
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
+    from nanovllm_dist.workers.graphs import Recorder
     from nanovllm_dist.workers.transfers import Transfers
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# For what is not known before the first requests: graphs themselves, matrix workspaces, NCCL's buffers
-_RESERVED_BYTES = 2**30
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 _LARGEST_HEAD = 256
 
@@ -46,12 +44,39 @@ class CudaPlatform(Platform):
     default_max_num_seqs = 512
     default_max_num_batched_tokens = 8192
     default_steps_in_flight = 2
-    cache_heads_first = True
+    cache_layout = "heads"
 
     @staticmethod
     def is_present() -> bool:
         """Whether the driver shows this process a GPU, and torch is built for it and has Triton beside it."""
         return _visible_gpus() > 0 and _torch_has_cuda() and importlib.util.find_spec("triton") is not None
+
+    @staticmethod
+    def count_devices() -> int:
+        """GPUs that the driver shows this process."""
+        return _visible_gpus()
+
+    def findings(self) -> list[Finding]:
+        """GPUs, and what torch lacks to use them."""
+        gpus = _visible_gpus()
+        if not gpus:
+            return []
+        lacks = [] if _torch_has_cuda() else ["torch is no CUDA build"]
+        if importlib.util.find_spec("triton") is None:
+            lacks.append("Triton is not installed")
+        remark = f"not used: {' and '.join(lacks)}; pip install 'nanovllm_dist[cuda]'" if lacks else ""
+        return [Finding("GPUs", str(gpus), remark)]
+
+    def check(self, config: EngineConfig, model: ModelConfig) -> None:
+        """Also whether the kernels take these sizes. Raises ConfigError."""
+        super().check(config, model)
+        if config.block_size not in _BLOCK_SIZES:
+            raise ConfigError(f"block_size={config.block_size}: on this device it is one of {_BLOCK_SIZES}")
+        if model.head_dim > _LARGEST_HEAD:
+            raise ConfigError(
+                f"head_dim={model.head_dim} of the model: kernels of this device take sizes up to {_LARGEST_HEAD}; "
+                "device=cpu takes any"
+            )
 
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
         """One thread for torch's own CPU work; no multicast, which some hosts' switches do not survive."""
@@ -100,17 +125,18 @@ class CudaPlatform(Platform):
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
     ) -> LayerKernels:
-        """Triton's. Raises ConfigError for what they cannot take."""
-        _check_limits(config, model)
+        """Triton's."""
         from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
 
         return TritonLayers(config, model, comm, dtype)
 
     def transfers(self, config: EngineConfig) -> Transfers:
         """Through pinned memory."""
-        from nanovllm_dist.workers.platform.cuda_transfers import PinnedTransfers
+        import torch
 
-        return PinnedTransfers(config.max_steps_in_flight)
+        from nanovllm_dist.workers.platform.pinned_transfers import PinnedTransfers
+
+        return PinnedTransfers(torch.cuda, self.name, config.max_steps_in_flight)
 
     def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler:
         """Each rank looks at its own range of the vocabulary."""
@@ -133,65 +159,31 @@ class CudaPlatform(Platform):
         assert isinstance(sampler, ShardedSampler)
         return compile_in_threads(config, model_config, model, kernels, sampler)
 
-    def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
-        """CUDA graphs that share one pool of memory."""
-        import torch
+    def recorder(
+        self, config: EngineConfig, model: ModelConfig, kernels: LayerKernels, comm: Communicator
+    ) -> Recorder | None:
+        """CUDA graphs, unless eager steps are asked for."""
+        from nanovllm_dist.workers.platform.cuda_graphs import CudaRecorder
 
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-        def record(run: Callable[[], None]) -> Callable[[], None]:
-            graph = torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    run()
-                except BaseException:
-                    with contextlib.suppress(
-                        RuntimeError
-                    ):  # what broke the recording is worth telling, not that it did
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
-            return graph.replay
-
-        return record
+        return None if config.graph_mode == "eager" else CudaRecorder()
 
     def profile_tokens(self, config: EngineConfig) -> int:
         """The whole budget: activations and cache share one memory."""
         return config.max_num_batched_tokens
 
     def cache_bytes(self, config: EngineConfig) -> int:
-        """`kv_cache_memory`, or what `memory_utilization` of the GPU leaves beside weights and the largest step.
-
-        That step is counted twice: once for graphs, whose memory is a pool of their own.
-        """
-        if config.kv_cache_memory:
-            return config.kv_cache_memory
+        """`kv_cache_memory`, or what `memory_utilization` leaves beside weights, graphs and the largest step."""
         import torch
 
-        torch.cuda.synchronize()
-        peak, kept = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return int(total * config.memory_utilization) - (total - free) - 2 * (peak - kept) - _RESERVED_BYTES
+        from nanovllm_dist.workers.platform.device_memory import cache_bytes
+
+        return config.kv_cache_memory or cache_bytes(torch.cuda, config.memory_utilization)
 
     def synchronize(self) -> None:
         """Wait for the current device."""
         import torch
 
         torch.cuda.synchronize()
-
-
-def _check_limits(config: EngineConfig, model: ModelConfig) -> None:
-    if config.block_size not in _BLOCK_SIZES:
-        raise ConfigError(f"block_size={config.block_size}: on this device it is one of {_BLOCK_SIZES}")
-    if model.head_dim > _LARGEST_HEAD:
-        raise ConfigError(
-            f"head_dim={model.head_dim} of the model: kernels of this device take sizes up to {_LARGEST_HEAD}; "
-            "device=cpu takes any"
-        )
 
 
 def _visible_gpus() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from nanovllm_dist.models.layers.embedding import LMHead
@@ -12,6 +13,8 @@ from nanovllm_dist.workers.kernels.sampling import choose, num_chunks, shard_sta
 class ShardedSampler:
     """A DeviceSampler; on the current stream."""
 
+    uniform_dtype = np.float64
+
     def __init__(self, comm: Communicator, head: LMHead) -> None:
         self._comm = comm
         self._vocab_start = head.vocab_start
@@ -21,6 +24,11 @@ class ShardedSampler:
         """See DeviceSampler."""
         statistics = self._comm.all_gather(self._statistics(logits, inv_temperature))
         return self._comm.all_reduce(self._choose(statistics, logits, inv_temperature, uniforms))
+
+    def append(self, table: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See DeviceSampler."""
+        table[places] = tokens.to(table.dtype)
+        return tokens
 
     def rehearse(self, logits: torch.Tensor) -> None:
         """Launch what `sample` launches, without talking to other ranks."""

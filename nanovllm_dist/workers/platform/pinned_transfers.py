@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,16 @@ _UPLOADS_PER_STEP = 3
 
 
 class PinnedTransfers:
-    """Transfers of the current device and stream, for `steps_in_flight` steps at a time."""
+    """Transfers of the current device and stream, for `steps_in_flight` steps at a time.
 
-    def __init__(self, steps_in_flight: int) -> None:
-        self._device = torch.device("cuda", torch.cuda.current_device())
-        self._ring = [_Pinned() for _ in range(_UPLOADS_PER_STEP * (steps_in_flight + 1))]
+    Args:
+        accelerator: torch's module for the kind of device, such as `torch.cuda`, and `kind` its name.
+    """
+
+    def __init__(self, accelerator: Any, kind: str, steps_in_flight: int) -> None:
+        self._device = torch.device(kind, accelerator.current_device())
+        self._new_event = accelerator.Event
+        self._ring = [_Pinned(self._new_event()) for _ in range(_UPLOADS_PER_STEP * (steps_in_flight + 1))]
         self._next = 0
 
     def upload(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
@@ -42,15 +48,15 @@ class PinnedTransfers:
 
     def download(self, tokens: torch.Tensor) -> HostCopy:
         """See Transfers."""
-        return _Download(tokens)
+        return _Download(tokens, self._new_event())
 
 
 class _Pinned:
     """A staging buffer that grows, and the event after which it may be written again."""
 
-    def __init__(self) -> None:
+    def __init__(self, event: Any) -> None:
         self.bytes = torch.empty(_FIRST_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._event = torch.cuda.Event()
+        self._event = event
 
     def claim(self, size: int) -> np.ndarray:
         """The buffer as bytes on the host, of at least `size`."""
@@ -65,10 +71,10 @@ class _Pinned:
 
 
 class _Download:
-    def __init__(self, tokens: torch.Tensor) -> None:
+    def __init__(self, tokens: torch.Tensor, event: Any) -> None:
         self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._host.copy_(tokens, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = event
         self._event.record()
 
     def done(self) -> bool:
