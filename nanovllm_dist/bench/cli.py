@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import typer
 
+from nanovllm_dist.bench import cli_side_by_side as beside
 from nanovllm_dist.bench import options as o
+from nanovllm_dist.bench.contestant import Rivals
 from nanovllm_dist.bench.step_breakdown import DEFAULT_STEPS
 from nanovllm_dist.bench.workloads import RANDOM
 from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError
@@ -72,8 +73,8 @@ def throughput(
             trace_steps=o.check_trace_steps(trace_steps),
             trace_file=trace,
         )
-        _check_writable(json_file)
-        _check_writable(trace, "--trace")
+        o.check_writable(json_file)
+        o.check_writable(trace, "--trace")
         report = measure_throughput(o.engine_config(engine), work, settings, _notify)
         show_throughput(report)
         write_json(report, json_file)
@@ -112,7 +113,7 @@ def latency(
             temperature=o.check_temperature(temperature),
             hardware=o.hardware(bandwidth, flops, all_reduce_us),
         )
-        _check_writable(json_file)
+        o.check_writable(json_file)
         report = measure_latency(o.engine_config(engine), work, settings, _notify)
         show_latency(report)
         write_json(report, json_file)
@@ -127,7 +128,7 @@ def startup(runs: o.Starts = 3, json_file: o.JsonFile = None, **engine: Any) -> 
 
     with _readable_errors():
         o.check_runs(runs)
-        _check_writable(json_file)
+        o.check_writable(json_file)
         report = measure_startup(o.engine_config(engine), runs, _notify)
         show_startup(report)
         write_json(report, json_file)
@@ -164,8 +165,8 @@ def load(
             trace_steps=o.check_trace_steps(trace_steps),
             trace_file=trace,
         )
-        _check_writable(json_file)
-        _check_writable(trace, "--trace")
+        o.check_writable(json_file)
+        o.check_writable(trace, "--trace")
         report = measure_load(o.engine_config(engine), settings, _notify)
         show_load(report)
         write_json(report, json_file)
@@ -180,8 +181,8 @@ def scheduler(steps: o.Steps = 500, plot: o.Plot = None, json_file: o.JsonFile =
     from nanovllm_dist.bench.scheduler_plot import load_figure, plot_scheduler
 
     with _readable_errors():
-        _check_writable(json_file)
-        _check_writable(plot, "--plot")
+        o.check_writable(json_file)
+        o.check_writable(plot, "--plot")
         if plot is not None:
             load_figure()  # said before the measurement
         report = measure_scheduler(_notify, steps)
@@ -237,8 +238,30 @@ def suite(
         arrivals = None
         if rate:
             arrivals = LoadSettings(tuple(rate), seconds, input_len, output_len, range_ratio, temperature, trace_steps)
-        directory = _made(output)
+        directory = o.made_directory(output)
         run_suite(o.engine_config(engine), works, settings, arrivals, _notify, keep, directory if trace else None)
+
+
+@app.command("side-by-side", context_settings=_SETTINGS)
+@o.with_engine_options
+def side_by_side(
+    compare: beside.Compare,
+    workload: beside.Work = None,
+    temperature: o.Temperature = 0.6,
+    runs: o.Runs = 3,
+    vllm_python: beside.VllmPython = "",
+    vllm_preload: beside.VllmPreload = None,
+    llama_server: beside.LlamaServer = "",
+    gguf: beside.Gguf = "",
+    json_file: o.JsonFile = None,
+    **engine: Any,
+) -> None:
+    """Take turns with rivals on the same work: speed, start-up and memory of each."""
+    with _readable_errors():
+        o.check_writable(json_file)
+        names = tuple(dict.fromkeys(compare))
+        rivals = Rivals(names, vllm_python, tuple(vllm_preload or ()), llama_server, gguf)
+        beside.run(engine, workload, rivals, runs, temperature, json_file, _notify)
 
 
 @contextmanager
@@ -252,20 +275,6 @@ def _readable_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         usage = isinstance(error, ConfigError | InvalidRequestError)
         raise typer.Exit(EXIT_USAGE if usage else EXIT_FAILED) from None
-
-
-def _check_writable(file: str | None, option: str = "--json") -> None:
-    """Say before the measurement that its report could not be kept."""
-    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-        raise ConfigError(f"{option} {file}: give a file in a directory that exists")
-
-
-def _made(output: str) -> Path:
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: {error.strerror}") from None
-    return Path(output)
 
 
 def _notify(line: str) -> None:

@@ -27,20 +27,27 @@ _TAIL_BYTES = 4096
 class JsonProcess:
     """`python -m module` with JSON lines in and out; a context manager that ends it.
 
-    `environment` is complete; it replaces this process's own.
+    `environment` is complete; it replaces this process's own. `python` is the interpreter, this process's by default.
     """
 
-    def __init__(self, name: str, module: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, module: str, environment: Mapping[str, str] | None = None, python: str = sys.executable
+    ) -> None:
         self._name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-u", child.__file__, str(os.getpid()), module],
+            [python, "-u", child.__file__, str(os.getpid()), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=dict(environment) if environment is not None else None,
             start_new_session=True,
         )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def send(self, message: Any) -> None:
         """Write one line. A process that has gone is reported by the next `receive`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -183,6 +184,21 @@ def check_trace_steps(steps: int) -> int:
 def check_temperature(temperature: float) -> float:
     """Raises InvalidSamplingParamsError unless it is one that the sampler takes."""
     return SamplingParams(temperature=temperature).temperature
+
+
+def check_writable(file: str | None, option: str = "--json") -> None:
+    """Raises ConfigError, before the measurement, where its report could not be kept."""
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise ConfigError(f"{option} {file}: give a file in a directory that exists")
+
+
+def made_directory(output: str) -> Path:
+    """The directory `--output` names, made if need be. Raises ConfigError."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}") from None
+    return Path(output)
 
 
 def _option_names() -> dict[str, str]:

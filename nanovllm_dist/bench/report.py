@@ -18,10 +18,11 @@ from nanovllm_dist.bench.report_steps import show_steps
 from nanovllm_dist.bench.roofline import Achieved, Limit
 from nanovllm_dist.bench.scheduler_cost import SchedulerReport
 from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary
+from nanovllm_dist.bench.side_by_side import SideBySideReport
 from nanovllm_dist.bench.startup import StartupReport
 from nanovllm_dist.bench.throughput import Comparison, ThroughputReport
 
-Report = ThroughputReport | LatencyReport | StartupReport | LoadReport | SchedulerReport
+Report = ThroughputReport | LatencyReport | StartupReport | LoadReport | SchedulerReport | SideBySideReport
 _HISTOGRAM_ROWS = 8
 
 

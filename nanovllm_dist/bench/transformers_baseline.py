@@ -20,6 +20,7 @@ from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.workers.platform import get_platform
 
 BATCH_SIZE = 32
+TRANSFORMERS_WORKER = "nanovllm_dist.bench.transformers_worker"
 _WAITING = "OMP_WAIT_POLICY"
 
 
@@ -32,11 +33,7 @@ class TransformersBaseline:
 
     def __init__(self, config: EngineConfig) -> None:
         alone = config.replace(tensor_parallel_size=1, threads_per_worker=0)
-        environment = {**os.environ, **get_platform(config.device).worker_environment(alone)}
-        environment.pop(_WAITING, None)
-        if _WAITING in os.environ:
-            environment[_WAITING] = os.environ[_WAITING]
-        self._process = JsonProcess("transformers", "nanovllm_dist.bench.transformers_worker", environment)
+        self._process = JsonProcess("transformers", TRANSFORMERS_WORKER, transformers_environment(config))
         try:
             self._process.send(msgspec.to_builtins(alone))
             self._process.receive()
@@ -63,6 +60,16 @@ class TransformersBaseline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.__exit__(kind, error, trace)
+
+
+def transformers_environment(config: EngineConfig) -> dict[str, str]:
+    """This process's environment with the threads of a single rank of the engine, which wait as said above."""
+    alone = config.replace(tensor_parallel_size=1, threads_per_worker=0)
+    environment = {**os.environ, **get_platform(config.device).worker_environment(alone)}
+    environment.pop(_WAITING, None)
+    if _WAITING in os.environ:
+        environment[_WAITING] = os.environ[_WAITING]
+    return environment
 
 
 def waiting_policy() -> str:

@@ -2,7 +2,8 @@
 
     python -m nanovllm_dist.bench.transformers_worker
 
-The first line is the engine's resolved config as JSON; each later line is one piece of work.
+The first line is the engine's resolved config as JSON; each later line is one piece of work. The times of a request's
+tokens are known where it is alone.
 It knows nothing of the engine that it is compared with.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from nanovllm_dist.bench.json_process import reserve_stdout, write_line
 from nanovllm_dist.config import EngineConfig
@@ -22,6 +24,23 @@ if TYPE_CHECKING:
     import torch
 
 _PAD = 0
+
+
+class _TokenClock:
+    """What `generate` calls a streamer, here only to see when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._had_prompt = False
+
+    def put(self, _value: object) -> None:
+        """The prompt comes first, then each token."""
+        if self._had_prompt:
+            self.times.append(time.perf_counter())
+        self._had_prompt = True
+
+    def end(self) -> None:
+        """The answer is whole."""
 
 
 class Generator:
@@ -46,15 +65,28 @@ class Generator:
         # the checkpoint's own would add an end token, top-k and top-p to what is asked for
         self._model.generation_config = GenerationConfig(pad_token_id=_PAD)
 
-    def run(self, prompts: list[list[int]], output_lens: list[int], temperature: float, batch_size: int) -> float:
-        """Generate in static batches, in order, each up to its longest answer. Returns wall seconds."""
+    def run(
+        self, prompts: list[list[int]], output_lens: list[int], temperature: float, batch_size: int
+    ) -> dict[str, Any]:
+        """Generate in static batches, in order, each up to its longest answer.
+
+        Returns wall `seconds` and, of a prompt that is alone, seconds to its `first_token` and `per_token` after it.
+        """
         started = time.perf_counter()
+        clock = _TokenClock() if len(prompts) == 1 else None
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
-            self._generate(prompts[batch], max(output_lens[batch]), temperature)
-        return time.perf_counter() - started
+            self._generate(prompts[batch], max(output_lens[batch]), temperature, clock)
+        times = clock.times if clock is not None else []
+        return {
+            "seconds": time.perf_counter() - started,
+            "first_token": [times[0] - started] if times else [],
+            "per_token": [(times[-1] - times[0]) / (len(times) - 1)] if len(times) > 1 else [],
+        }
 
-    def _generate(self, prompts: list[list[int]], num_tokens: int, temperature: float) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], num_tokens: int, temperature: float, clock: _TokenClock | None = None
+    ) -> list[list[int]]:
         import torch
 
         input_ids, mask = _left_padded(prompts, self._device)
@@ -65,6 +97,7 @@ class Generator:
                 attention_mask=mask,
                 min_new_tokens=num_tokens,
                 max_new_tokens=num_tokens,
+                streamer=clock,
                 **sampling,
             )
         answers: list[list[int]] = ids[:, input_ids.shape[1] :].tolist()
@@ -88,9 +121,9 @@ def main() -> int:
     channel = reserve_stdout()
     try:
         generator = Generator(EngineConfig.from_json(sys.stdin.readline()))
-        write_line(channel, {"ready": True})
+        write_line(channel, {"ready": True, "version": version("transformers")})
         for line in sys.stdin:
-            write_line(channel, {"seconds": generator.run(**json.loads(line))})
+            write_line(channel, generator.run(**json.loads(line)))
     except Exception as error:
         code = error.code if isinstance(error, NanoVLLMError) else "internal"
         write_line(channel, {"error": f"{type(error).__name__}: {error}", "code": code})

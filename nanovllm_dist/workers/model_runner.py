@@ -93,6 +93,7 @@ class ModelRunner:
         else:
             load_weights(self.model, self.config.model, progress)
         self.model.finalize()
+        self.model.fused = self._platform.fuse_layers(self.model, self._comm, self.dtype)
         self._platform.synchronize()  # kernels may read weights ahead of their turn
 
     def measure_blocks(self) -> int:
@@ -106,14 +107,14 @@ class ModelRunner:
             return config.num_blocks
         return kv_cache.blocks_that_fit(self._platform.cache_bytes(config), self._block_bytes(), most_useful)
 
-    def allocate(self, num_blocks: int) -> None:
-        """Allocate the KV cache; from here on steps may be recorded."""
+    def allocate(self, num_blocks: int, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Allocate the KV cache; from here on steps may be recorded. `report`: graphs recorded ahead, of how many."""
         self._kv_caches = self._new_cache(num_blocks)
         if self.config.enforce_eager or self._device_sampler is None:
             return
         recorder = self._platform.recorder(self.config, self._model_config, self._kernels, self._comm)
         if recorder is not None:
-            self._record_with(recorder, self._device_sampler)
+            self._record_with(recorder, self._device_sampler, report)
 
     @torch.inference_mode()
     def start(self, step: Step) -> RunningStep | None:
@@ -249,7 +250,7 @@ class ModelRunner:
     # --- start-up ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _record_with(self, recorder: Recorder, sampler: DeviceSampler) -> None:
+    def _record_with(self, recorder: Recorder, sampler: DeviceSampler, report: Callable[[int, int], None]) -> None:
         config = self.config
         logits = None
         if recorder.shares_logits:
@@ -261,7 +262,8 @@ class ModelRunner:
         if recorder.records_prefills:
             self._shapes = chunk_shapes(config.max_num_batched_tokens, config.max_num_seqs)
         if recorder.records_ahead:
-            for size in sizes:
+            for done, size in enumerate(sizes):
+                report(done, len(sizes))
                 self._decode(StepRows.none(), decodes, size)
             self._platform.synchronize()
 

@@ -33,7 +33,7 @@ def test_every_engine_option_of_the_launcher_is_there(command: str) -> None:
 
     theirs = {parameter.name: parameter.opts for parameter in typer.main.get_command(launcher).params}
     ours = options_of(command)
-    for field in EngineConfig.__struct_fields__:
+    for field in sorted({*EngineConfig.__struct_fields__} - {"model_source"}):  # which resolving fills in
         assert ours[field].opts == theirs[field]
 
 

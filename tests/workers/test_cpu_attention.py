@@ -75,11 +75,11 @@ def test_a_large_score_does_not_overflow() -> None:
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu_kernels.decode_library.cache_clear()
+    cpu_kernels.kernel_library.cache_clear()
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
     backend = CpuAttention(64, torch.float32)
-    cpu_kernels.decode_library.cache_clear()
+    cpu_kernels.kernel_library.cache_clear()
     assert not backend.decodes_natively
     batch = make_batch([5, 40], 4, 16, 2, 64, torch.float32, seed=3)
     query, key = torch.randn(6, 4, 64), torch.randn(6, 2, 64)

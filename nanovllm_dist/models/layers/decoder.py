@@ -6,7 +6,7 @@ One step is a function of its arguments: nothing is kept between steps but the c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -59,6 +59,18 @@ class DecoderLayer(nn.Module):
             yield from part.shards()
 
 
+class FusedLayers(Protocol):
+    """All layers and the final norm as one operation, for the steps that it takes."""
+
+    def takes(self, batch: AttentionBatch) -> bool:
+        """Whether it runs such a step."""
+        ...
+
+    def __call__(self, hidden: torch.Tensor, batch: AttentionBatch, plan: Any) -> torch.Tensor:
+        """Embeddings [T, hidden] -> hidden states [T, hidden] after the final norm, keys and values stored."""
+        ...
+
+
 class DecoderLM(nn.Module):
     """One rank of a decoder-only language model.
 
@@ -70,6 +82,7 @@ class DecoderLM(nn.Module):
         kv_heads: key/value heads of this rank.
         head_dim: size of a head.
         unused_tensors: patterns of checkpoint tensors that are not read.
+        fused: what runs some of the steps instead of the layers; None, if the device has nothing of the kind.
 
     Raises:
         ConfigError: the group has more ranks than query heads allow.
@@ -90,6 +103,7 @@ class DecoderLM(nn.Module):
         self.kv_heads = split_heads(config.num_heads, config.num_kv_heads, comm.world_size, comm.rank).num_kv_heads
         self.head_dim = config.head_dim
         self.unused_tensors: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+        self.fused: FusedLayers | None = None
         self._kernels = kernels
         vocab, size = config.vocab_size, config.hidden_size
         self.vocab = VocabWeight("model.embed_tokens.weight", vocab, size, comm, dtype, device)
@@ -111,6 +125,8 @@ class DecoderLM(nn.Module):
         """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, equal on all ranks."""
         plan = self._kernels.prepare(batch, positions, self.rotary)
         hidden, residual = self.embedding(input_ids), None
+        if self.fused is not None and self.fused.takes(batch):
+            return self.fused(hidden, batch, plan)
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, batch, plan)
         normed: torch.Tensor = self.norm(hidden, residual)[0]

@@ -56,7 +56,9 @@ class LayerKernels(Protocol):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class TorchPlan:
+    """What `TorchLayers.prepare` makes of a step: the rotation of its tokens, and the attention backend's own plan."""
+
     rotation: Rotation
     attention: Any
 
@@ -67,9 +69,9 @@ class TorchLayers:
     def __init__(self, attention: AttentionBackend) -> None:
         self._attention = attention
 
-    def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> _Plan:
+    def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> TorchPlan:
         """The rotation of each token, and the backend's own plan."""
-        return _Plan(rotary(positions), self._attention.prepare(batch))
+        return TorchPlan(rotary(positions), self._attention.prepare(batch))
 
     def attend(
         self,
@@ -79,7 +81,7 @@ class TorchLayers:
         qk_norm: QueryKeyNorm | None,
         layer: int,
         batch: AttentionBatch,
-        plan: _Plan,
+        plan: TorchPlan,
     ) -> torch.Tensor:
         """See LayerKernels."""
         heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))

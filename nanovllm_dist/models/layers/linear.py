@@ -51,6 +51,11 @@ class PackedLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
         self._kernel: LinearKernel | None = None
 
+    @property
+    def kernel(self) -> LinearKernel | None:
+        """What `pack` made of the weight."""
+        return self._kernel
+
     def project(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> x @ weight.T + bias; after `finalize`, `bias` is the one packed with it. `out`: where to put
         a product without bias."""

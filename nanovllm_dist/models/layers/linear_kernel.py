@@ -20,21 +20,39 @@ class LinearKernel(Protocol):
         ...
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
-    """A LinearKernel over a packed copy of `weight`, or None.
+class Packed:
+    """A LinearKernel over a copy of `weight` [out, in] in oneDNN's layout; `bias` is kept as it is."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._bias = bias
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See LinearKernel."""
+        output: torch.Tensor = self._linear(x, self._weight, self._bias, "none", [], "")
+        return output if out is None else out.copy_(output)
+
+    def pointer(self) -> int:
+        """Where the packed weight lies, valid as long as this object."""
+        return int(torch.ops.mkldnn.data_ptr(self._weight))
+
+    def num_bytes(self) -> int:
+        """Size of the packed weight."""
+        return int(torch.ops.mkldnn._nbytes(self._weight))
+
+
+def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> Packed | None:
+    """A kernel over a packed copy of `weight`, or None.
 
     None means that `F.linear` is to be used: another device or dtype, an empty weight, or a torch without oneDNN.
     """
-    if not _can_pack(weight):
-        return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    linear = torch.ops.mkldnn._linear_pointwise.default
+    return Packed(weight, bias) if _can_pack(weight) else None
 
-    def kernel(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        output: torch.Tensor = linear(x, packed, bias, "none", [], "")
-        return output if out is None else out.copy_(output)
 
-    return kernel
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
+    """`pack_weight` for whoever needs only the product."""
+    return pack_weight(weight, bias)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

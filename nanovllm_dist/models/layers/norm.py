@@ -37,13 +37,13 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self._name = name
-        self._eps = eps
+        self.eps = eps
         self._kernels = kernels
         self.weight = empty_parameter(size, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [T, size] -> (norm(x + residual), x + residual); `residual` may be written to."""
-        return self._kernels.add_rms_norm(x, residual, self.weight, self._eps)
+        return self._kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
     def shards(self) -> Iterator[Shard]:
         """The weight, whole on every rank."""

@@ -82,9 +82,21 @@ class TorchAttention:
         plan: _Plan,
     ) -> torch.Tensor:
         """See AttentionBackend."""
-        caches = batch.kv_caches[layer]
-        for cache, new in zip(caches, (key, value), strict=True):
+        for cache, new in zip(batch.kv_caches[layer], (key, value), strict=True):
             cache.flatten(0, 1).index_copy_(0, batch.slot_mapping, new)
+        return self.attend_stored(query, key, value, layer, batch, plan)
+
+    def attend_stored(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: int,
+        batch: AttentionBatch,
+        plan: _Plan,
+    ) -> torch.Tensor:
+        """`attend` for keys and values that are in the cache already."""
+        caches = batch.kv_caches[layer]
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         output[plan.num_tokens :].zero_()
         if plan.buckets:

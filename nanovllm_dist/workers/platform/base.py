@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.config import ModelConfig
-    from nanovllm_dist.models.layers.decoder import DecoderLM
+    from nanovllm_dist.models.layers.decoder import DecoderLM, FusedLayers
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
@@ -128,6 +128,10 @@ class Platform(ABC):
 
     def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler | None:
         """A sampler of plain draws that every rank runs, or None: then rank 0 samples with torch."""
+        return None
+
+    def fuse_layers(self, model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> FusedLayers | None:
+        """What runs some steps of a loaded and finalized model in one operation, or None."""
         return None
 
     def compile_kernels(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.config import ModelConfig
+    from nanovllm_dist.models.layers.decoder import DecoderLM, FusedLayers
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
     from nanovllm_dist.workers.transfers import Transfers
@@ -93,11 +94,17 @@ class CpuPlatform(Platform):
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
     ) -> LayerKernels:
-        """torch, with the C kernel for decodes where it can be built."""
-        from nanovllm_dist.models.layers.kernels import TorchLayers
+        """C kernels for bfloat16 and for decodes where they can be built, torch for the rest."""
         from nanovllm_dist.workers.platform.cpu_attention import CpuAttention
+        from nanovllm_dist.workers.platform.cpu_layers import cpu_layers
 
-        return TorchLayers(CpuAttention(model.head_dim, dtype))
+        return cpu_layers(CpuAttention(model.head_dim, dtype), dtype)
+
+    def fuse_layers(self, model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> FusedLayers | None:
+        """Steps of few decodes, by one C call."""
+        from nanovllm_dist.workers.platform.cpu_step import fuse_step
+
+        return fuse_step(model, comm, dtype)
 
     def transfers(self, config: EngineConfig) -> Transfers:
         """There is nothing to transfer."""

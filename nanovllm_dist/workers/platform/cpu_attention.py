@@ -13,7 +13,7 @@ import torch
 
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
-from nanovllm_dist.workers.platform.cpu_kernels import decode_library
+from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
 
 HEAD_DIMS = (64, 80, 96, 128)
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
@@ -30,7 +30,7 @@ class CpuAttention(TorchAttention):
     def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self._kernel: Any = None
-        library = decode_library() if head_dim in HEAD_DIMS and dtype in _NAMES else None
+        library = kernel_library() if head_dim in HEAD_DIMS and dtype in _NAMES else None
         if library is not None:
             self._kernel = getattr(library, f"decode_{_NAMES[dtype]}_{head_dim}")
             self._kernel.argtypes, self._kernel.restype = _ARGUMENTS, None
@@ -44,7 +44,7 @@ class CpuAttention(TorchAttention):
         """The kernel needs no buckets, gather indices or masks."""
         return self._kernel is None
 
-    def attend(
+    def attend_stored(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -53,8 +53,8 @@ class CpuAttention(TorchAttention):
         batch: AttentionBatch,
         plan: Any,
     ) -> torch.Tensor:
-        """See AttentionBackend."""
-        output = super().attend(query, key, value, layer, batch, plan)
+        """See TorchAttention."""
+        output = super().attend_stored(query, key, value, layer, batch, plan)
         if self._kernel is not None and batch.num_decodes:
             self._decode_rows(query, output, batch, *batch.kv_caches[layer])
         return output

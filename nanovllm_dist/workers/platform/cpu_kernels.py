@@ -1,7 +1,7 @@
-"""Builds and loads `cpu_decode.c` with the machine's own C compiler, once per machine; without one there is none.
+"""Builds and loads the CPU's C kernels with the machine's own compiler, once per machine; without one there are none.
 
-The library lies in the cache directory under a name that holds everything it depends on: source, flags, compiler
-and processor. It knows how to build, not what the kernel computes.
+A library lies in the cache directory under a name that holds everything it depends on: source, flags, compiler
+and processor. It knows how to build, not what the kernels compute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 
 log = logging.getLogger("worker")
 
-_SOURCE = Path(__file__).with_name("cpu_decode.c")
+_SOURCE = Path(__file__).with_name("cpu_step.c")
+_SOURCES = (_SOURCE, _SOURCE.with_name("cpu_decode.c"), _SOURCE.with_name("cpu_layers.c"))
 _COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 # linked apart, without -ffast-math: with it the library would flush denormals to zero in the whole process
 _LINK = ("-shared", "-fopenmp", "-lm")
@@ -27,18 +28,17 @@ _BUILD_SECONDS = 60
 
 
 @functools.cache
-def decode_library() -> ctypes.CDLL | None:
-    """The loaded library, or None (and a line in the log) where it cannot be built."""
+def kernel_library() -> ctypes.CDLL | None:
+    """The loaded library of all kernels, or None (and a line in the log) where it cannot be built."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        log.info("no C compiler: decode attention runs on torch's own operators, which is slower")
+        log.info("no C compiler: torch's own operators run on the CPU, which is slower")
         return None
     try:
-        path = _built(compiler)
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or b""
-        log.warning("cpu_decode.c was not built: %s %s", error, output[-500:])
+        log.warning("the CPU kernels were not built: %s %s", error, output[-500:])
         return None
 
 
@@ -48,7 +48,7 @@ def _built(compiler: str) -> Path:
     program = Path(shutil.which(compiler.split()[0]) or compiler).resolve()
     status = program.stat()  # a newer compiler in the same place has another size or time
     parts = [
-        _SOURCE.read_text(),
+        *(source.read_text() for source in _SOURCES),
         compiler,
         f"{program} {status.st_size} {status.st_mtime_ns}",
         *flags,
@@ -56,10 +56,10 @@ def _built(compiler: str) -> Path:
         _processor(),
     ]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-    path = _directory() / f"cpu_decode-{key}.so"
+    path = _directory() / f"cpu_kernels-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            compiled, built = Path(scratch) / "cpu_decode.o", Path(scratch) / path.name
+            compiled, built = Path(scratch) / "cpu_kernels.o", Path(scratch) / path.name
             for command in ([*flags, str(_SOURCE), "-o", str(compiled)], [str(compiled), *_LINK, "-o", str(built)]):
                 subprocess.run([*compiler.split(), *command], check=True, capture_output=True, timeout=_BUILD_SECONDS)
             os.replace(built, path)
