@@ -24,9 +24,13 @@ WeightFormat = Literal["plain", "nz"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of one engine. Raises ConfigError naming the field when a value is out of range."""
+    """Options of one engine. Raises ConfigError naming the field when a value is out of range.
+
+    `model_source` is no option: it keeps what `model` was before it was resolved to a directory of the launcher's host.
+    """
 
     model: str
+    model_source: str = ""
     served_model_name: str = ""
     tokenizer: str = ""
     device: str = "auto"

@@ -16,30 +16,44 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _REQUEST_SECONDS = 30.0
 _POLL_SECONDS = 1.0
-_LEFT_OUT = {".git", ".venv", "__pycache__"}
-_MAX_PACKAGE = 100 * 2**20
+_LONGEST_POLL_SECONDS = 30.0
+# The server sends the whole log each time, so a long one is asked for less often
+_LOG_PER_SECOND = 2**20
+_PATIENCE_SECONDS = 60.0
+_LEFT_OUT = re.compile(r"\.git|__pycache__|\.venv.*")
+_MAX_PACKAGE_MIB = 100
 # Zip has no time before this, and equal directories should give equal packages
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 class JobError(Exception):
     """The cluster cannot be reached, or refuses; the message says which and what to do."""
+
+
+class AwayError(JobError):
+    """No answer, or none that can be used: the next request may get one."""
 
 
 class Cluster:
@@ -58,25 +72,24 @@ class Cluster:
         if working_dir is not None:
             runtime["working_dir"] = self._upload(working_dir)
         request = {"entrypoint": entrypoint, "runtime_env": runtime, "submission_id": job}
-        return str(self._json("POST", "/api/jobs/", request)["submission_id"])
+        return self._ask("POST", "/api/jobs/", lambda answer: str(answer["submission_id"]), request)
 
     def job(self, job: str) -> dict[str, Any]:
         """What is known of a job: `status`, `message`, `entrypoint`, times in milliseconds."""
-        answer: dict[str, Any] = self._json("GET", f"/api/jobs/{job}")
-        return answer
+        return self._ask("GET", _path(job), lambda answer: {**answer, "status": str(answer["status"])})
 
     def jobs(self) -> list[dict[str, Any]]:
         """Every job that was submitted, the latest last."""
-        found = [job for job in self._json("GET", "/api/jobs/") if job.get("submission_id")]
+        found = self._ask("GET", "/api/jobs/", lambda answer: [dict(job) for job in answer if job.get("submission_id")])
         return sorted(found, key=lambda job: job.get("start_time") or 0)
 
     def logs(self, job: str) -> str:
         """What the job has written so far."""
-        return str(self._json("GET", f"/api/jobs/{job}/logs")["logs"] or "")
+        return self._ask("GET", f"{_path(job)}/logs", lambda answer: str(answer["logs"] or ""))
 
     def stop(self, job: str) -> bool:
         """Ask a job to end; False if it had ended."""
-        return bool(self._json("POST", f"/api/jobs/{job}/stop")["stopped"])
+        return self._ask("POST", f"{_path(job)}/stop", lambda answer: bool(answer["stopped"]))
 
     def _upload(self, directory: Path) -> str:
         package = pack(directory)
@@ -84,29 +97,40 @@ class Cluster:
         self._call("PUT", f"/api/packages/gcs/{name}", package)
         return f"gcs://{name}"
 
-    def _json(self, method: str, path: str, content: Any = None) -> Any:
-        return json.loads(self._call(method, path, None if content is None else json.dumps(content).encode()))
+    def _ask(self, method: str, path: str, read: Callable[[Any], T], content: Any = None) -> T:
+        """What `read` makes of the JSON value that is answered."""
+        answer = self._call(method, path, None if content is None else json.dumps(content).encode())
+        try:
+            return read(json.loads(answer))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise AwayError(f"{self.address} is no Ray job server, or not well: it answers {answer[:60]!r}") from None
 
     def _call(self, method: str, path: str, content: bytes | None) -> bytes:
-        request = urllib.request.Request(self.address + path, content, self._headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:
-                return bytes(answer.read())
-        except urllib.error.HTTPError as error:
-            raise JobError(self._refusal(error)) from None
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise JobError(
+            request = urllib.request.Request(self.address + path, content, self._headers, method=method)
+            try:
+                with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:
+                    return bytes(answer.read())
+            except urllib.error.HTTPError as error:
+                raise self._refusal(error) from None
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or str(error).strip() or type(error).__name__
+            raise AwayError(
                 f"no Ray job server answers at {self.address}: {reason}; it is the dashboard's address, and the head "
                 "must have been started with `ray[default]` installed (ray start --head --dashboard-host ADDRESS)"
             ) from None
 
-    def _refusal(self, error: urllib.error.HTTPError) -> str:
+    def _refusal(self, error: urllib.error.HTTPError) -> JobError:
         text = error.read().decode(errors="replace").strip()
         last = text.splitlines()[-1] if text else error.reason
         if error.code in (401, 403):
-            return f"{self.address} wants the token that its head has: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        return f"{self.address} refused ({error.code}): {last}"
+            return JobError(f"{self.address} wants the token that its head has: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
+        kind = AwayError if error.code >= http.HTTPStatus.INTERNAL_SERVER_ERROR else JobError
+        return kind(f"{self.address} refused ({error.code}): {last}")
+
+
+def _path(job: str) -> str:
+    return f"/api/jobs/{urllib.parse.quote(job, safe='')}"
 
 
 def pack(directory: Path) -> bytes:
@@ -115,32 +139,59 @@ def pack(directory: Path) -> bytes:
         raise JobError(f"--working-dir {directory} is not a directory")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(directory.rglob("*")):
-            name = path.relative_to(directory)
-            if path.is_file() and not _LEFT_OUT.intersection(name.parts):
-                entry = zipfile.ZipInfo(str(name), _NO_TIME)
+        try:
+            for path in _files(directory):
+                entry = zipfile.ZipInfo(str(path.relative_to(directory)), _NO_TIME)
                 entry.external_attr = (path.stat().st_mode & 0o777) << 16
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 archive.writestr(entry, path.read_bytes())
-                if packed.tell() > _MAX_PACKAGE:
-                    raise JobError(
-                        f"--working-dir {directory} packs to more than {_MAX_PACKAGE >> 20} MiB: name less of it"
-                    )
+                if packed.tell() > _MAX_PACKAGE_MIB << 20:
+                    raise JobError(f"--working-dir {directory} packs to over {_MAX_PACKAGE_MIB} MiB: name less of it")
+        except OSError as error:
+            raise JobError(f"--working-dir {directory}: {error.filename} cannot be read ({error.strerror})") from None
     return packed.getvalue()
 
 
+def _files(directory: Path) -> Iterator[Path]:
+    """What is packed, in an order that depends on names alone. What is left out is not looked into."""
+    for path in sorted(directory.iterdir()):
+        if _LEFT_OUT.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        elif path.is_file():
+            yield path
+
+
 def follow(cluster: Cluster, job: str) -> str:
-    """Write the job's log as it grows, until it ends; returns its last status."""
-    written = 0
+    """Write the job's log as it grows, until it ends; returns its last status. Raises JobError when the cluster
+    refuses, or has been away for a minute."""
+    written, status, away_since = 0, "", None
     while True:
-        status = str(cluster.job(job)["status"])
-        text = cluster.logs(job)
+        try:
+            status = str(cluster.job(job)["status"])
+            text = cluster.logs(job)
+        except AwayError as error:
+            if away_since is None:
+                away_since = time.monotonic()
+                print(f"{error}\ntrying again for {_PATIENCE_SECONDS:g} s", file=sys.stderr)
+            elif time.monotonic() - away_since > _PATIENCE_SECONDS:
+                if status in _ENDED:  # only the end of its log is missing
+                    return status
+                raise JobError(f"{error}\nthe job goes on; to see it again: logs {shlex.quote(job)}") from None
+            time.sleep(_POLL_SECONDS)
+            continue
         sys.stdout.write(text[written:])
         sys.stdout.flush()
-        written = len(text)
         if status in _ENDED:
             return status
-        time.sleep(_POLL_SECONDS)
+        written, away_since = len(text), None
+        time.sleep(poll_seconds(written))
+
+
+def poll_seconds(written: int) -> float:
+    """How long to wait before a log of so many characters is fetched again."""
+    return min(_LONGEST_POLL_SECONDS, _POLL_SECONDS + written / _LOG_PER_SECOND)
 
 
 def read_token() -> str:
@@ -183,7 +234,7 @@ def _run(given: argparse.Namespace, command: list[str]) -> int:
         return _start(cluster, given, ["nanovllm-launch", *command] if given.action == "generate" else command)
     if given.action == "list":
         for job in cluster.jobs():
-            print(f"{job['submission_id']}  {job['status']:<9}  {job['entrypoint']}")
+            print(f"{job['submission_id']}  {job.get('status', ''):<9}  {job.get('entrypoint', '')}")
     elif given.action == "stop":
         print("stopping" if cluster.stop(given.job) else "it had ended")
     elif given.action == "status":
@@ -192,6 +243,7 @@ def _run(given: argparse.Namespace, command: list[str]) -> int:
     elif given.detach:
         print(cluster.logs(given.job), end="")
     else:
+        cluster.job(given.job)  # a wrong address is told at once; whoever follows is patient
         return _ended(cluster, given.job, follow(cluster, given.job))
     return 0
 

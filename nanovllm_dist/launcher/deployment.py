@@ -25,6 +25,11 @@ from nanovllm_dist.workers.platform import get_platform
 COORDINATOR = "nanovllm_dist.scheduler.coordinator"
 WORKER = "nanovllm_dist.workers.worker"
 LOG_HEADING = "\n\nlast lines of the log of "
+# What to do when a phase takes longer than the startup_timeout
+_REMEDIES = {
+    "warmup": "its graphs were being recorded, or compiled, which may take minutes the first time: raise "
+    "--startup-timeout (what graph_mode=torchair has compiled is kept, and a next start goes on from there)"
+}
 _LISTEN_POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 5.0
 _NOTICE_SECONDS = 2.5  # the coordinator looks for its ranks every second
@@ -85,12 +90,12 @@ class Deployment:
         ended = [(code >= 0, code == 0, process) for process, code in codes if code is not None]
         return min(ended, key=lambda entry: entry[:2])[2] if ended else None
 
-    def timeout_report(self) -> str:
-        """That the engine took too long, with what every process wrote last."""
+    def timeout_report(self, phase: str = "") -> str:
+        """That the engine took too long, in which phase, with what every process wrote last."""
         logs = "".join(f"{LOG_HEADING}{process.name}:\n{process.log_tail()}" for process in self.processes)
         return (
             f"the engine was not ready after startup_timeout={self.config.startup_timeout:g} seconds: "
-            f"raise it, or see what the processes wait for{logs}"
+            f"{_REMEDIES.get(phase, 'raise it, or see what the processes wait for')}{logs}"
         )
 
     def end(self, grace: float = _LEAVE_SECONDS) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from nanovllm_dist import __version__
@@ -21,8 +22,11 @@ _OK, _REMARK, _BLOCKED = "ok", "note", "FIX"
 
 
 def examine(device: str, write: Callable[[str], object] = print) -> int:
-    """Write a table of findings and a verdict on `device` (`auto`: what would be taken); 0 if an engine can start."""
-    found = [*common_findings(), *findings(), _device(device)]
+    """Write a table of findings and a verdict on `device` (`auto`: what would be taken); 0 if an engine can start.
+
+    What another device lacks is remarked, and does not count.
+    """
+    found = [*common_findings(), *_of_platforms(device), _device(device)]
     for line in table(found):
         write(line)
     blocked = [finding for finding in found if finding.blocks]
@@ -70,6 +74,18 @@ def _package(name: str, remark: str, needed: bool) -> Finding:
         return Finding(name, version(name))
     except PackageNotFoundError:
         return Finding(name, "not installed", remark, blocks=needed)
+
+
+def _of_platforms(device: str) -> list[Finding]:
+    try:
+        chosen = get_platform(device).name
+    except ConfigError:
+        chosen = ""
+    return [
+        finding if name == chosen else replace(finding, blocks=False)
+        for name, found in findings().items()
+        for finding in found
+    ]
 
 
 def _device(name: str) -> Finding:

@@ -191,6 +191,7 @@ def _import_ray_backend() -> None:
 def _wait_ready(deployment: Deployment, deadline: float, report: ProgressCallback) -> wire.EngineInfo:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel = Channel(context, deployment.address, wire.RESULT_FRAME_LIMIT, deployment.keys)
+    phase = ""
     try:
         channel.send(wire.encode(wire.Hello()))
         while time.monotonic() < deadline:
@@ -199,9 +200,10 @@ def _wait_ready(deployment: Deployment, deadline: float, report: ProgressCallbac
                 if status.info is not None:
                     return status.info
                 if status.error is None:
+                    phase = status.phase
                     report(Progress(status.phase or status.state, status.done, status.total))
             _raise_if_failed(deployment, channel, status)
-        raise EngineStartError(deployment.timeout_report())
+        raise EngineStartError(deployment.timeout_report(phase))
     finally:
         channel.close()
         context.term()

@@ -62,7 +62,7 @@ Version = Annotated[
 ]
 Doctor = Annotated[
     bool | None,
-    typer.Option("--doctor", help="Say what is installed here and whether it fits together.", rich_help_panel=_RUN),
+    typer.Option("--doctor", help="Say what is installed here and whether --device can be used.", rich_help_panel=_RUN),
 ]
 
 # --- model -------------------------------------------------------------------------------------------------
@@ -157,7 +157,9 @@ GraphMode = Annotated[
 ]
 GraphCacheDir = Annotated[
     str | None,
-    typer.Option("--graph-cache-dir", help="Of compiled graphs (~/.cache/nanovllm_dist).", rich_help_panel=_BATCH),
+    typer.Option(
+        "--graph-cache-dir", help="Of compiled graphs (~/.cache/nanovllm_dist/graphs).", rich_help_panel=_BATCH
+    ),
 ]
 EnforceEager = Annotated[bool | None, typer.Option("--enforce-eager", help="No device graphs.", rich_help_panel=_BATCH)]
 

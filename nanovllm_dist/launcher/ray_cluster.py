@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import EngineStartError
 from nanovllm_dist.launcher.cluster_lookup import check_reachable, processes_of
-from nanovllm_dist.launcher.model_store import resolve_model
+from nanovllm_dist.launcher.model_copies import Copy, check_same, find_copy
 from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
 from nanovllm_dist.launcher.sites import Site, in_order
 from nanovllm_dist.launcher.supervisor import Supervisor
@@ -51,12 +52,9 @@ class ProcessHost:
         devices = context.get_accelerator_ids().get(resource) or [""]
         return context.get_node_id(), ray.util.get_node_ip_address(), str(devices[0]), os.getuid()
 
-    def find_model(self, directory: str, name: str, hub: str) -> str:
-        """The model's directory on this node: the same as the launcher's, or that of its name. Raises
-        ModelNotFoundError."""
-        if (Path(directory) / "config.json").is_file():
-            return directory
-        return str(resolve_model(name, hub=hub, progress=False))
+    def find_model(self, directory: str, source: str, hub: str, weights: bool) -> Copy:
+        """The model on this node; see find_copy."""
+        return find_copy(directory, source, hub, weights)
 
     def start(self, name: str, module: str, spec: str, environment: dict[str, str]) -> int:
         """Start the process; returns its pid."""
@@ -202,20 +200,33 @@ class RayBackend:
         return self._sites
 
     def model_directory(self, config: EngineConfig, rank: int) -> str:
-        """The launcher's own directory where the rank's host has it, else what the model's name gives there."""
+        """The launcher's own where the rank's host has it, else what its name gives there. Raises EngineStartError."""
         site = self._sites[rank]
         if site.with_launcher:
             return config.model
-        if site.node not in self._models:
-            call = self._actors[rank].find_model.remote(config.model, config.served_model_name, config.hub)
+        if not self._models:
+            self._models = self._find_models(config)
+        return self._models[site.node]
+
+    def _find_models(self, config: EngineConfig) -> dict[str, str]:
+        """The model's directory by node, asked of all of them at once: each may have to fetch it."""
+        asked = (config.model, config.model_source or config.model, config.hub, config.load_format != "dummy")
+        own = find_copy(*asked)
+        ranks = {site.node: rank for rank, site in enumerate(self._sites) if not site.with_launcher}.values()
+        calls = [(self._sites[rank], self._actors[rank].find_model.remote(*asked)) for rank in ranks]
+        deadline = time.monotonic() + config.startup_timeout
+        found = {}
+        for site, call in calls:
             try:
-                self._models[site.node] = str(ray.get(call, timeout=config.startup_timeout))
+                copy = Copy(*ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
             except (RayError, GetTimeoutError) as error:
                 raise EngineStartError(
-                    f"host {site.host} of rank {rank} has no {config.model}, and {config.served_model_name!r} cannot "
-                    f"be had there: {_last_line(error)}; put the model in the same directory on every host"
+                    f"host {site.host} has no {config.model}, and {asked[1]!r} cannot be had there: "
+                    f"{_last_line(error)}; put the model in the same directory on every host"
                 ) from error
-        return self._models[site.node]
+            check_same(own, ray.util.get_node_ip_address(), copy, site.host)
+            found[site.node] = copy.directory
+        return found
 
     def _place(self, ranks: int, resource: str, timeout: float) -> Any:
         total = ray.cluster_resources()

@@ -24,8 +24,8 @@ def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineC
     """A config without automatic values, and the typed form of its model's configs.
 
     `model` becomes a directory (fetched if need be, with a progress display if `progress`), and the name as given
-    goes to `served_model_name`. What only a worker can measure (`num_blocks`) or decide for its host
-    (`threads_per_worker`) stays 0.
+    goes to `model_source`, and to `served_model_name` unless that was set. What only a worker can measure
+    (`num_blocks`) or decide for its host (`threads_per_worker`) stays 0.
 
     Raises:
         ConfigError: two options contradict each other, or one contradicts the model or the device.
@@ -40,6 +40,7 @@ def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineC
         split_heads(model.num_heads, model.num_kv_heads, config.tensor_parallel_size, rank)
     resolved = config.replace(
         model=str(directory),
+        model_source=config.model_source or config.model,
         served_model_name=config.served_model_name or config.model,
         tokenizer=_tokenizer(config, directory, progress),
         device=platform.name,
@@ -48,6 +49,7 @@ def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineC
         block_size=config.block_size or platform.default_block_size,
         max_steps_in_flight=config.max_steps_in_flight or platform.default_steps_in_flight,
         launcher=launcher,
+        graph_cache_dir=_graph_cache_dir(config.graph_cache_dir),
         **_batch_limits(config, platform),
     )
     platform.check(resolved, model)
@@ -84,6 +86,17 @@ def _check_network(config: EngineConfig) -> None:
         raise ConfigError("host and port are for transport=tcp, and transport=ipc is set: drop one of them")
     if config.host in _ALL_INTERFACES:
         raise ConfigError(f"host={config.host!r} listens on every interface: give the one address to listen on")
+
+
+def _graph_cache_dir(name: str) -> str:
+    """Absolute, for workers may start in another directory; a home directory is each host's own, so `~` stays."""
+    if not name.startswith("~"):
+        return str(Path(name).absolute()) if name else ""
+    try:
+        Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"graph_cache_dir={name!r}: {error}: name a directory without ~") from None
+    return name
 
 
 def _dtype(config: EngineConfig, directory: Path, platform: Platform) -> str:

@@ -88,7 +88,8 @@ class Worker:
         runner.load(lambda done, total: self._progress("load", done, total))
         self._progress("profile", 0, 0)
         self._send(wire.CacheMeasured(runner.measure_blocks()))
-        runner.allocate(self._expect(wire.AllocateCache).num_blocks)
+        blocks = self._expect(wire.AllocateCache).num_blocks
+        runner.allocate(blocks, lambda done, total: self._progress("warmup", done, total))
         gc.collect()
         gc.freeze()
         self._send(wire.WorkerReady())

@@ -13,7 +13,7 @@ from nanovllm_dist.workers.platform.base import Finding
 
 def examined(monkeypatch: pytest.MonkeyPatch, *found: Finding, device: str = "cpu") -> tuple[int, list[str]]:
     """Exit code and lines for a host whose platforms find this."""
-    monkeypatch.setattr(doctor, "findings", lambda: list(found))
+    monkeypatch.setattr(doctor, "findings", lambda: {"cpu": list(found)})
     lines: list[str] = []
     return doctor.examine(device, lines.append), lines
 
@@ -39,6 +39,25 @@ def test_what_blocks_is_named_in_the_verdict_with_what_to_do(monkeypatch: pytest
     assert lines[-1] == "verdict: 1 to fix: toolkit"
     assert any(line.startswith("FIX   toolkit") for line in lines)
     assert any(line.endswith("-> install 9.0") for line in lines)
+
+
+def test_what_another_device_lacks_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocking = Finding("toolkit", "8.2", "install 9.0", blocks=True)
+    monkeypatch.setattr(doctor, "findings", lambda: {"npu": [blocking], "cpu": []})
+    lines: list[str] = []
+
+    assert doctor.examine("cpu", lines.append) == 0
+    assert lines[-1] == "verdict: ready"
+    assert any(line.startswith("note  toolkit") for line in lines)
+
+
+def test_auto_is_judged_by_the_device_that_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = doctor.get_platform("auto").name
+    other = next(name for name in ("npu", "cuda", "cpu") if name != taken)
+    blocking = Finding("toolkit", "8.2", "install 9.0", blocks=True)
+    for name, code in ((taken, 1), (other, 0)):
+        monkeypatch.setattr(doctor, "findings", lambda name=name: {name: [blocking]})
+        assert doctor.examine("auto", lambda line: None) == code
 
 
 def test_columns_line_up(monkeypatch: pytest.MonkeyPatch) -> None:

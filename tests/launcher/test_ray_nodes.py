@@ -135,6 +135,6 @@ def test_a_host_that_has_the_model_nowhere_is_named(tmp_path: Path) -> None:
 
     host = ProcessHost(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    assert host.find_model(str(tmp_path), "my-model", "huggingface") == str(tmp_path)
+    assert host.find_model(str(tmp_path), "my-model", "huggingface", True).directory == str(tmp_path)
     with pytest.raises(ModelNotFoundError, match="my-model"):
-        host.find_model("/no/such/directory", "my-model", "huggingface")
+        host.find_model("/no/such/directory", "my-model", "huggingface", True)

@@ -92,6 +92,20 @@ def test_a_checkpoint_dtype_that_cannot_be_run_asks_for_one_that_can(model: str)
         resolve(model, hf_overrides={"torch_dtype": "float8_e4m3fn"})
 
 
+def test_other_hosts_are_told_what_was_asked_for_and_not_what_it_is_called(model: str) -> None:
+    config = resolve(model, served_model_name="mine")
+    assert (config.model_source, config.served_model_name) == (model, "mine")
+
+
+def test_compiled_graphs_are_kept_where_every_process_finds_them(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(model, graph_cache_dir="graphs").graph_cache_dir == str(tmp_path / "graphs")
+    assert resolve(model, graph_cache_dir="~/graphs").graph_cache_dir == "~/graphs"  # each host's own
+    assert resolve(model).graph_cache_dir == ""
+
+
 def test_a_default_gives_way_to_a_limit_that_was_set(model: str) -> None:
     few_tokens = resolve(model, max_num_batched_tokens=8)
     assert few_tokens.max_num_seqs == 8
@@ -108,6 +122,7 @@ def test_a_default_gives_way_to_a_limit_that_was_set(model: str) -> None:
         ({"device": "abacus"}, "device='abacus'"),
         ({"transport": "ipc", "port": 5555}, "host and port are for transport=tcp"),
         ({"host": "0.0.0.0"}, "listens on every interface"),
+        ({"graph_cache_dir": "~no-such-user/graphs"}, "graph_cache_dir='~no-such-user/graphs'"),
         ({"ray_address": "ray://h:1"}, "is Ray Client"),
     ],
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.workers.platform import graph_cache
-from nanovllm_dist.workers.platform.graph_cache import entry_directory
+from nanovllm_dist.workers.platform.graph_cache import entry_directory, try_lock
 
 FACTS: dict[str, Any] = {"rows": 8, "rank": 0, "tensors": [["torch.bfloat16", 64, 128]], "versions": {"cann": "8.3"}}
 
@@ -55,7 +58,7 @@ def test_what_a_directory_is_for_can_be_read_in_it(tmp_path: Path) -> None:
 def test_only_the_user_can_write_to_what_is_made(tmp_path: Path) -> None:
     directory = entry_directory(tmp_path / "a" / "graphs", FACTS)
 
-    for path in (directory, directory.parent):
+    for path in (directory, directory.parent, directory.parent.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
@@ -65,8 +68,51 @@ def test_code_that_others_could_have_put_there_is_refused(tmp_path: Path, mode: 
     root.mkdir()
     root.chmod(mode)
 
-    with pytest.raises(ConfigError, match="graph_cache_dir: others may write"):
+    with pytest.raises(ConfigError, match=r"graph_cache_dir: .* may be written to by others"):
         entry_directory(root, FACTS)
+
+
+def test_what_is_another_users_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = entry_directory(tmp_path / "graphs", FACTS).parent
+    monkeypatch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
+
+    with pytest.raises(ConfigError, match=r"graph_cache_dir: .* is another user's"):
+        entry_directory(root, FACTS)
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "graphs").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ConfigError, match=r"graph_cache_dir: .* is a link"):
+        entry_directory(tmp_path / "graphs", FACTS)
+
+
+def test_a_place_where_others_could_exchange_the_directory_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    (place / "graphs").mkdir(parents=True, mode=0o700)
+    place.chmod(0o777)
+
+    with pytest.raises(ConfigError, match=r"graph_cache_dir: .*place' may be written to by others"):
+        entry_directory(place / "graphs", FACTS)
+
+
+def test_a_directory_belongs_to_one_process_until_it_lets_go_or_ends(tmp_path: Path) -> None:
+    source = (
+        "import sys; from pathlib import Path; from nanovllm_dist.workers.platform.graph_cache import try_lock;"
+        "print(try_lock(Path(sys.argv[1])) is not None, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", source, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        assert try_lock(tmp_path) is None
+        other.communicate()
+
+    lock = try_lock(tmp_path)
+    assert lock is not None
+    assert try_lock(tmp_path) is None
+    os.close(lock)
 
 
 def test_a_place_that_is_no_directory_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def test_another_version_of_anything_is_compiled_for_itself(
             replay = recorder_of(rig).record(SIZE, rig.decode_step().forward, inputs, [1] * SIZE)
             assert len(lowered.graphs) == number
             assert decode(rig, replay, inputs, SIZE, STEPS) == right_tokens[:STEPS]
+
+
+def test_engines_that_start_at_once_compile_one_after_the_other(tmp_path: Path, right_tokens: list[int]) -> None:
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(run_process, [tmp_path, tmp_path]))
+
+    assert sorted(one["lowered"] for one in found) == [0, 1]
+    assert [one["tokens"] for one in found] == [right_tokens[:STEPS]] * 2
 
 
 @pytest.mark.parametrize("harm", ["truncated", "garbage", "empty"])

@@ -124,6 +124,11 @@ def test_what_the_user_has_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert npu_environment.host_environment("10.0.0.7") == {}
 
 
+def test_an_address_of_the_launcher_is_not_that_of_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCCL_IF_IP", "10.0.0.1")
+    assert npu_environment.host_environment("10.0.0.7") == {"HCCL_IF_IP": "10.0.0.7"}
+
+
 def test_hosts_reach_each_other_by_the_address_that_ray_knows_them_by() -> None:
     assert npu_environment.host_environment("10.0.0.7") == {"HCCL_IF_IP": "10.0.0.7"}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,28 @@ def test_jobs_are_submitted_as_the_page_says() -> None:
         given, rest = parser.parse_known_args(call)
         assert given.action == call[0]
         assert options(rest) <= LAUNCH_OPTIONS
+
+
+def test_the_page_opens_the_dashboard_that_its_jobs_are_sent_to() -> None:
+    page = (ROOT / "docs/ascend.md").read_text()
+    (head,) = (call for call in commands(page, "ray start") if "--head" in call)
+    opened = {word.split("=")[1] for word in head if word.startswith("--dashboard-host=")}
+    assert opened == set(re.findall(r"http://([^:/\s]+):8265", page))
+
+
+def test_the_pods_run_scripts_that_the_shell_and_python_can_read() -> None:
+    job = yaml.safe_load((ROOT / "deploy/volcano.yaml").read_text())
+    scripts = [task["template"]["spec"]["containers"][0]["args"][0] for task in job["spec"]["tasks"]]
+    programs = []
+    for script in scripts:
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+        # what the shell itself hands to Python, after its quotes
+        shown = (
+            f"python3() {{ printf '%s\\0' \"$2\" >&2; echo 16; }}; ray() {{ :; }}; nanovllm-launch() {{ :; }}\n{script}"
+        )
+        done = subprocess.run(["bash", "-ec", shown], capture_output=True, text=True, check=True, timeout=30)
+        programs += [program for program in done.stderr.split("\0") if program]
+    assert [ast.unparse(ast.parse(program)).count("cluster_resources") for program in programs] == [1]
 
 
 def test_the_job_asks_for_as_many_npus_as_its_engine_has_ranks() -> None:

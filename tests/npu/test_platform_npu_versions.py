@@ -137,3 +137,25 @@ def test_versions_of_cann_have_an_order() -> None:
 )
 def test_each_torch_npu_has_the_cann_it_is_published_with(torch_npu: str, cann: str) -> None:
     assert needed_cann(torch_npu) == cann
+
+
+@pytest.mark.parametrize(
+    ("program", "blocks", "value"),
+    [
+        (
+            """print('a banner'); print('nanovllm_dist:[["Ascend910B4", 1073741824, 2147483648]]'); print('bye')""",
+            False,
+            "Ascend910B4, 1 of 2 GiB free",
+        ),
+        ("print('a banner')", True, "no"),
+        ("pass", True, "no"),
+        ("raise SystemExit(3)", True, "no"),
+        ("print('nanovllm_dist:[]')", True, "no device"),
+    ],
+)
+def test_what_torch_npu_says_of_its_devices_is_told_from_what_libraries_print(
+    monkeypatch: pytest.MonkeyPatch, program: str, blocks: bool, value: str
+) -> None:
+    monkeypatch.setattr(npu_versions, "_PROBE", program)
+    finding = npu_versions._probe()
+    assert (finding.blocks, finding.value) == (blocks, value)

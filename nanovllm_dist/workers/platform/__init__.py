@@ -24,6 +24,6 @@ def get_platform(name: str) -> Platform:
     raise ConfigError(f"device={name!r} is not one of auto, {', '.join(platform_names())}")
 
 
-def findings() -> list[Finding]:
-    """What this host has of every kind of device."""
-    return [finding for platform in _PLATFORMS for finding in platform().findings()]
+def findings() -> dict[str, list[Finding]]:
+    """What this host has of every kind of device, by its platform's name."""
+    return {platform.name: platform().findings() for platform in _PLATFORMS}

@@ -36,8 +36,11 @@ def worker_environment(config: EngineConfig) -> dict[str, str]:
 
 
 def host_environment(host: str) -> dict[str, str]:
-    """The address by which HCCL on that host is reached from others, unless an interface was named."""
-    if "HCCL_SOCKET_IFNAME" in os.environ or "HCCL_IF_IP" in os.environ:
+    """The address by which HCCL on that host is reached from others, unless an interface was named.
+
+    An HCCL_IF_IP of the launcher's environment is the address of one host, and says nothing of the others.
+    """
+    if "HCCL_SOCKET_IFNAME" in os.environ:
         return {}
     return {"HCCL_IF_IP": host}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.workers.graphs import Recorder
@@ -13,6 +14,7 @@ from nanovllm_dist.workers.platform.npu_layers import NpuLayers
 MODES = ("auto", "eager", "torchair", "aclgraph")
 # What `auto` is: a capture takes a second, where the graph engine may compile for minutes
 _AUTO = "aclgraph"
+_CACHE = "~/.cache/nanovllm_dist/graphs"
 
 
 def recorder(config: EngineConfig, model: ModelConfig, layers: NpuLayers, comm: Communicator) -> Recorder | None:
@@ -39,5 +41,9 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 
 
 def cache_root(config: EngineConfig) -> Path:
-    """Where compiled graphs are kept."""
-    return Path(config.graph_cache_dir or "~/.cache/nanovllm_dist/graphs").expanduser()
+    """Where compiled graphs are kept. Raises ConfigError."""
+    name = config.graph_cache_dir or _CACHE
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"graph_cache_dir={name!r}: {error} on this host: name a directory without ~") from None

@@ -8,7 +8,9 @@ unknown here.
 
 from __future__ import annotations
 
+import os
 import platform
+import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,13 +30,14 @@ from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.workers import decode_step
 from nanovllm_dist.workers.decode_step import DecodeStep
 from nanovllm_dist.workers.graphs import Replay, StepBody, T
-from nanovllm_dist.workers.platform.graph_cache import entry_directory
+from nanovllm_dist.workers.platform.graph_cache import entry_directory, try_lock
 from nanovllm_dist.workers.platform.npu_graphs import cache_root, decode_sizes
 from nanovllm_dist.workers.platform.npu_layers import NpuLayers
 
 # torchair's name of the file that an entry is
 _ENTRY = "compiled_module"
 _COUNT = count()
+_LOCK_POLL_SECONDS = 1.0
 
 
 class TorchairRecorder:
@@ -67,13 +70,14 @@ class TorchairRecorder:
         step.kv_caches = [(_parameter(keys), _parameter(values)) for keys, values in step.kv_caches]
         size = len(lengths)
         directory = entry_directory(self._root, self._facts(step, size))
-        loaded = self._load(step, size, directory)
-        # a first run talks to the other ranks: one of them that compiles needs all to
-        if self._on_any_rank(loaded is None, inputs[0].device):
-            with _traceable(step, inputs, self._layers.constants):
-                self._compile(step, size, directory)(inputs, _trace_lengths(size, self._config.max_model_len))
-            torch._dynamo.reset()  # what was traced would keep an engine's graph of its own
+        with self._alone(directory, inputs[0].device):
             loaded = self._load(step, size, directory)
+            # a first run talks to the other ranks: one of them that compiles needs all to
+            if self._on_any_rank(loaded is None, inputs[0].device):
+                with _traceable(step, inputs, self._layers.constants):
+                    self._compile(step, size, directory)(inputs, _trace_lengths(size, self._config.max_model_len))
+                torch._dynamo.reset()  # what was traced would keep an engine's graph of its own
+                loaded = self._load(step, size, directory)
         if loaded is None:
             raise ConfigError(
                 f"graph_mode=torchair: torchair kept no compiled graph in {directory}: its log says why; "
@@ -81,6 +85,26 @@ class TorchairRecorder:
             )
         run: Callable[[list[torch.Tensor], list[int]], T] = loaded
         return lambda lengths: run(inputs, lengths)
+
+    @contextmanager
+    def _alone(self, directory: Path, device: torch.device) -> Iterator[None]:
+        """While no other engine uses this rank's directory, nor those of the other ranks.
+
+        Ranks take theirs together or not at all: of two engines that each held some, both would wait for ever. Nor do
+        they wait in a collective, which has a time limit.
+        """
+        while True:
+            lock = try_lock(directory)
+            if not self._on_any_rank(lock is None, device):
+                break
+            if lock is not None:
+                os.close(lock)
+            time.sleep(_LOCK_POLL_SECONDS)
+        assert lock is not None
+        try:
+            yield
+        finally:
+            os.close(lock)
 
     def _load(self, step: DecodeStep, size: int, directory: Path) -> Any:
         """What was compiled before, over this step's own tensors; None if there is no such entry or it is broken."""
@@ -158,5 +182,6 @@ def _parameter(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _trace_lengths(rows: int, longest: int) -> list[int]:
-    """Lengths to trace with: 0 and 1 would be taken for constants, and equal ones for one number."""
+    """Lengths to trace with. torch 2.13 makes an input of each whatever it is; these are above 1, and differ unless
+    there are more than lengths, so that no torch that treats 0, 1 or equal numbers alike can make fewer of them."""
     return [2 + row % max(1, longest - 1) for row in range(rows)]

@@ -43,11 +43,12 @@ _UNDECLARED = {
     "decorator": "decorator",
 }
 _PROBE_SECONDS = 120.0
+_MARK = "nanovllm_dist:"  # libraries print lines of their own
 _PROBE = """
 import json, torch, torch_npu, torchair
 devices = range(torch.npu.device_count())
 memory = [torch.npu.mem_get_info(device) for device in devices]
-print(json.dumps([[torch.npu.get_device_name(device), *memory[device]] for device in devices]))
+print("nanovllm_dist:" + json.dumps([[torch.npu.get_device_name(device), *memory[device]] for device in devices]))
 """
 
 
@@ -204,6 +205,10 @@ def _probe() -> Finding:
     if answer.returncode != 0:
         last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         return Finding("torch_npu opens", "no", last, blocks=True)
-    devices = json.loads(answer.stdout.strip().splitlines()[-1])
+    lines = [line.removeprefix(_MARK) for line in answer.stdout.splitlines() if line.startswith(_MARK)]
+    if not lines:
+        last = (answer.stdout.strip().splitlines() or ["nothing"])[-1]
+        return Finding("torch_npu opens", "no", f"it was asked for its devices and said: {last}", blocks=True)
+    devices = json.loads(lines[-1])
     listed = "; ".join(f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free" for name, free, total in devices)
     return Finding("torch_npu opens", listed or "no device", blocks=not devices)
