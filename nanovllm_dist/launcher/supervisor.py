@@ -33,6 +33,13 @@ class Supervisor:
         parent = tempfile.gettempdir()
         parent = parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp"
         self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=parent))
+        try:
+            self._start_watchdog()
+        except BaseException:  # Ctrl-C before there is a watchdog, or before it can answer
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def _start_watchdog(self) -> None:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(self.directory), str(os.getpid())],
             stdin=subprocess.PIPE,
