@@ -74,9 +74,12 @@ class Engine:
     @classmethod
     def _start(cls, config: EngineConfig, report: ProgressCallback, fetch_bars: bool) -> Engine:
         report(Progress("resolve"))
+        importing = threading.Thread(target=_import_ray_backend, daemon=True)
         if launcher_kind(config) == "ray":  # importing it takes a second: do so while the model is looked up
-            threading.Thread(target=_import_ray_backend, daemon=True).start()
+            importing.start()
         resolved, _ = resolve_config(config, progress=fetch_bars)
+        if importing.ident is not None:
+            importing.join()  # Ctrl-C while two threads wait for one import can leave both waiting for good
         deadline = time.monotonic() + resolved.startup_timeout
         deployment = Deployment(resolved)
         try:
