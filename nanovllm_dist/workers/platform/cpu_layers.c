@@ -1,7 +1,8 @@
 /* The operations of a decoder layer in bfloat16, for CPUs, each in one pass over memory: a product,
    residual and norm, rotation with the cache write, the gated activation. They know shapes and pointers, nothing else.
 
-   bfloat16 is uint16_t here. Values are rounded where a chain of torch's operators would round them. */
+   bfloat16 is uint16_t here; cpu_decode.c, which cpu_step.c includes before this file, converts it. Values are rounded
+   where a chain of torch's operators would round them. */
 
 #include <math.h>
 #include <omp.h>
@@ -19,20 +20,6 @@
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 
-static inline float wide(uint16_t bits) {
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
-static inline uint16_t narrow(float value) { /* round to nearest even */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN, which -ffast-math does not compare */
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 /* ---- products -------------------------------------------------------------------------------------------------- */
 
 static inline floats dot(floats sum, const uint16_t *weight, uint32_t pair) {
@@ -41,7 +28,7 @@ static inline floats dot(floats sum, const uint16_t *weight, uint32_t pair) {
 #ifdef __AVX512BF16__
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)pair));
 #else
-    return sum + (floats)(weights << 16) * wide((uint16_t)pair) + (floats)(weights & 0xffff0000u) * wide(pair >> 16);
+    return sum + (floats)(weights << 16) * from_bf16((uint16_t)pair) + (floats)(weights & 0xffff0000u) * from_bf16(pair >> 16);
 #endif
 }
 
@@ -61,8 +48,8 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         float flat[PANEL];
         memcpy(flat, sum[r], vectors * sizeof(floats));
         if (bias)
-            for (int i = 0; i < vectors * LANES; i++) flat[i] += wide(bias[i]);
-        for (int i = 0; i < vectors * LANES; i++) output[(int64_t)r * outputs + i] = narrow(flat[i]);
+            for (int i = 0; i < vectors * LANES; i++) flat[i] += from_bf16(bias[i]);
+        for (int i = 0; i < vectors * LANES; i++) output[(int64_t)r * outputs + i] = to_bf16(flat[i]);
     }
 }
 
@@ -133,13 +120,13 @@ int holds_panels(const uint16_t *packed, const uint16_t *weight, int inputs, int
 static inline void normalize(const uint16_t *restrict x, const uint16_t *restrict weight, uint16_t *restrict output,
                              int size, float eps) {
     float squares = 0.0f;
-    for (int i = 0; i < size; i++) squares += wide(x[i]) * wide(x[i]);
+    for (int i = 0; i < size; i++) squares += from_bf16(x[i]) * from_bf16(x[i]);
     float scale = 1.0f / sqrtf(squares / size + eps);
-    for (int i = 0; i < size; i++) output[i] = narrow(wide(narrow(wide(x[i]) * scale)) * wide(weight[i]));
+    for (int i = 0; i < size; i++) output[i] = to_bf16(from_bf16(to_bf16(from_bf16(x[i]) * scale)) * from_bf16(weight[i]));
 }
 
 static inline void add(const uint16_t *x, const uint16_t *y, uint16_t *sum, int size) {
-    for (int i = 0; i < size; i++) sum[i] = narrow(wide(x[i]) + wide(y[i]));
+    for (int i = 0; i < size; i++) sum[i] = to_bf16(from_bf16(x[i]) + from_bf16(y[i]));
 }
 
 /* x, residual (or null) [rows, size] -> total = x + residual (unless null), output = norm(total) * weight. */
@@ -165,9 +152,9 @@ static inline void turn(uint16_t *restrict head, const uint16_t *weight, const f
         memcpy(copy, head, sizeof copy);
     }
     const uint16_t *restrict low = copy, *restrict high = copy + half;
-    for (int i = 0; i < half; i++) head[i] = narrow(wide(low[i]) * cos[i] + wide(high[i]) * sin[i]);
+    for (int i = 0; i < half; i++) head[i] = to_bf16(from_bf16(low[i]) * cos[i] + from_bf16(high[i]) * sin[i]);
     for (int i = 0; i < half; i++)
-        head[half + i] = narrow(wide(high[i]) * cos[half + i] + wide(low[i]) * sin[half + i]);
+        head[half + i] = to_bf16(from_bf16(high[i]) * cos[half + i] + from_bf16(low[i]) * sin[half + i]);
 }
 
 /* qkv [tokens, heads + 2 * kv_heads, dim], queries and keys normed (weight [heads + kv_heads, dim] or null) and
@@ -193,8 +180,8 @@ void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, c
 static inline void activate(const uint16_t *restrict gate, const uint16_t *restrict up, uint16_t *restrict output,
                             int size) {
     for (int i = 0; i < size; i++) {
-        float x = wide(gate[i]);
-        output[i] = narrow(wide(narrow(x / (1.0f + expf(-x)))) * wide(up[i]));
+        float x = from_bf16(gate[i]);
+        output[i] = to_bf16(from_bf16(to_bf16(x / (1.0f + expf(-x)))) * from_bf16(up[i]));
     }
 }
 
