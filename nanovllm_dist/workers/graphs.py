@@ -21,7 +21,7 @@ T = TypeVar("T")
 StepBody = Callable[[list[torch.Tensor], list[int]], T]
 # Context lengths of this step -> what the body returned, with this step's contents
 Replay = Callable[[list[int]], T]
-_SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _DECODE_STEP = 64
 _SMALLEST_CHUNK = 64
 # A step of few prefill rows has so many tokens for each, and always room for a few

@@ -203,6 +203,21 @@ def test_the_work_list_has_the_longest_rows_first_and_every_key_once() -> None:
     assert all(sorted(keys[row]) == list(range(context)) for row, context in enumerate(contexts))
 
 
+@pytest.mark.parametrize("rows", [1, 32, 33, 150])
+def test_rows_of_equal_length_keep_their_order_in_the_work_list_however_many_there_are(rows: int) -> None:
+    contexts = [100 * (row % 7) for row in range(rows)]
+    workspace = make_workspace(160, 4, 2, 64, torch.bfloat16, segment=256, max_segments=4)
+    workspace.prepare(torch.tensor(contexts, dtype=torch.int32, device=DEVICE))
+    listed, capacity = int(workspace.segments[0]), workspace.max_rows * workspace.max_segments
+    fields = workspace.segments[1:].view(-1, capacity)[:, :listed].tolist()
+    expected = [
+        (row, segment)
+        for row in sorted(range(rows), key=lambda row: (-contexts[row], row))
+        for segment in range(max(1, -(-contexts[row] // 256)))
+    ]
+    assert list(zip(fields[0], fields[1], strict=True)) == expected
+
+
 def test_a_workspace_can_be_used_again_and_again() -> None:
     workspace = make_workspace(4, 4, 2, 64, torch.bfloat16)
     query = make_query(4, 4, 64, torch.bfloat16)

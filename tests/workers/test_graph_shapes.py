@@ -12,7 +12,7 @@ from nanovllm_dist.workers.graphs import chunk_shape, chunk_shapes, decode_size,
 def test_every_number_of_rows_has_a_decode_size_and_the_largest_is_its_own(max_num_seqs: int) -> None:
     sizes = decode_sizes(max_num_seqs)
     for rows in range(1, max_num_seqs + 1):
-        assert rows <= decode_size(sizes, rows) <= max(2 * rows, rows + 64)
+        assert rows <= decode_size(sizes, rows) <= (2 if rows <= 16 else 1.5) * rows
     assert decode_size(sizes, max_num_seqs) == max_num_seqs
 
 

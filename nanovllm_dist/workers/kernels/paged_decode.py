@@ -36,8 +36,8 @@ _CUTS = ((4, (64, 8)), (32, (512, 16)), (64, (1024, 16)))
 _CUT_OF_MORE = (2048, 16)
 _FEW_ROWS = 32
 ROW_LIMITS = tuple(limit for limit, _cut in _CUTS)
-# Contexts that the listing compares with all others at a time, and its warps
-_LIST_CHUNK, _LIST_WARPS = 32, 16
+# Rows of a program of the listing, contexts that they are compared with at a time, and its warps
+_LIST_ROWS, _LIST_CHUNK, _LIST_WARPS = 32, 64, 4
 # More than fit at once: the device gives the next program to the processor that has room first
 _PROGRAMS_PER_PROCESSOR = 16
 _FIELDS = 5  # of a listed segment: row, index in the row, segments of the row, first key, end
@@ -100,14 +100,14 @@ class DecodeWorkspace:
         rows = len(context_lens)
         if rows > self.max_rows:
             raise ValueError(f"{rows} rows in a workspace for {self.max_rows}")
-        _list_segments[(self.max_segments,)](
+        _list_segments[(self.max_segments, max(1, triton.cdiv(rows, _LIST_ROWS)))](
             context_lens,
             self.segments,
             rows,
             self.max_rows * self.max_segments,
             self.config.segment,
             self.max_segments,
-            ROWS=triton.next_power_of_2(self.max_rows),
+            ROWS=_LIST_ROWS,
             CHUNK=_LIST_CHUNK,
             num_warps=_LIST_WARPS,
         )
@@ -186,12 +186,14 @@ def _cut(context, present, segment_keys, max_segments):
 def _list_segments(
     context_lens, segments, num_rows, capacity, segment_keys, max_segments, ROWS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Program i lists the i-th segment of every row that has one; the longest row first, its segments together."""
+    """Program (i, j) lists the i-th segment of every row of the j-th ROWS that has one; the longest row first, its
+    segments together."""
     segment = tl.program_id(0)
-    row = tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     context = tl.load(context_lens + row, mask=row < num_rows, other=0)
     length, count = _cut(context, row < num_rows, segment_keys, max_segments)
     before = tl.zeros([ROWS], tl.int32)
+    total = 0
     for first in range(0, num_rows, CHUNK):
         other = first + tl.arange(0, CHUNK)
         other_context = tl.load(context_lens + other, mask=other < num_rows, other=0)
@@ -199,6 +201,7 @@ def _list_segments(
         longer = other_context[None, :] > context[:, None]
         as_long = (other_context[None, :] == context[:, None]) & (other[None, :] < row[:, None])
         before += tl.sum(tl.where(longer | as_long, other_count[None, :], 0), 1)
+        total += tl.sum(other_count, 0)
     place = segments + 1 + before + segment
     listed = segment < count
     tl.store(place, row, mask=listed)
@@ -206,8 +209,8 @@ def _list_segments(
     tl.store(place + 2 * capacity, count, mask=listed)
     tl.store(place + 3 * capacity, segment * length, mask=listed)
     tl.store(place + 4 * capacity, tl.minimum((segment + 1) * length, context), mask=listed)
-    if segment == 0:
-        tl.store(segments, tl.sum(count, 0))
+    if (segment == 0) & (tl.program_id(1) == 0):
+        tl.store(segments, total)
 
 
 @triton.jit(do_not_specialize=["capacity", "max_segments", "kv_heads", "table_stride"])
