@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prompts import PROMPTS
+
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.sampling_params import SamplingParams
 
@@ -25,16 +27,6 @@ SMALL: dict[str, Any] = {
     "block_size": 128,
     "threads_per_worker": 1,
 }
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time in a small village by the sea, there lived an old fisherman who",
-    "def fibonacci(n):\n    ",
-    "The three laws of thermodynamics state that",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "Water boils at 100 degrees Celsius, and it freezes at",
-    "Q: What is 17 + 25?\nA:",
-    "In 1969, Neil Armstrong became the first person to walk on the Moon. " * 6 + "He said:",
-]
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
 

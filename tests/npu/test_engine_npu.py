@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from npu_engine import PROMPTS, Launched, greedy_tokens
+from npu_engine import Launched, greedy_tokens
+from prompts import PROMPTS
 
 pytestmark = [pytest.mark.npu, pytest.mark.slow]
 

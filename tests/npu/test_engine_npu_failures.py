@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from npu_engine import PROMPTS, Launched
+from npu_engine import Launched
+from prompts import PROMPTS
 
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.errors import NanoVLLMError
