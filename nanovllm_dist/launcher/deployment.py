@@ -58,11 +58,6 @@ class Deployment:
         """The run directory: sockets, logs, keys; it lives as long as the engine."""
         return self._supervisor.directory
 
-    @property
-    def supervisor_pid(self) -> int:
-        """Process id of the watchdog."""
-        return self._supervisor.pid
-
     def open(self) -> None:
         """Bring up what starts processes (Ray)."""
         self.backend.open(self.config, self._platform.ray_resource, self._platform.count_devices())

@@ -6,9 +6,8 @@ It reads JSON files of the checkpoint and imports no torch. It does not start an
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from nanovllm_dist.config import Dtype, EngineConfig
 from nanovllm_dist.errors import ConfigError, UnsupportedModelError
@@ -44,7 +43,7 @@ def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineC
         served_model_name=config.served_model_name or config.model,
         tokenizer=_tokenizer(config, directory, progress),
         device=platform.name,
-        dtype=_dtype(config, directory, platform),
+        dtype=_dtype(config, model, platform),
         max_model_len=_model_length(config, model),
         block_size=config.block_size or platform.default_block_size,
         max_steps_in_flight=config.max_steps_in_flight or platform.default_steps_in_flight,
@@ -99,13 +98,10 @@ def _graph_cache_dir(name: str) -> str:
     return name
 
 
-def _dtype(config: EngineConfig, directory: Path, platform: Platform) -> str:
+def _dtype(config: EngineConfig, model: ModelConfig, platform: Platform) -> str:
     if config.dtype != "auto":
         return config.dtype
-    raw: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    raw.update(config.hf_overrides)
-    named = raw.get("dtype") or raw.get("torch_dtype") or platform.default_dtype
-    dtype = str(named).removeprefix("torch.")
+    dtype = model.dtype or platform.default_dtype
     supported = [name for name in get_args(Dtype) if name != "auto"]
     if dtype not in supported:
         raise UnsupportedModelError(f"config.json: dtype={dtype!r}: set the dtype option: {', '.join(supported)}")

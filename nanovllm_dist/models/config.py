@@ -34,7 +34,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder-only model, named as in Hugging Face configs."""
+    """Shape and options of a decoder-only model, named as in Hugging Face configs; `dtype` is "" if none is stated."""
 
     architecture: str
     hidden_size: int
@@ -111,7 +111,7 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",
         o_bias=bias and architecture != "Qwen2ForCausalLM",
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch."),
         eos_token_ids=_eos(raw, generation or {}),
     )
 

@@ -1,4 +1,4 @@
-"""Architectures by the name that config.json gives them, and the dtype to run one in."""
+"""Architectures by the name that config.json gives them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ _MODELS: dict[str, type[DecoderLM]] = {
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def model_class(architecture: str) -> type[DecoderLM]:
@@ -38,11 +37,3 @@ def build_model(
         ConfigError: the group has more ranks than the model can be cut for.
     """
     return model_class(config.architecture)(config, comm, kernels, dtype, device)
-
-
-def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    """The torch dtype of that name; `auto` is the checkpoint's own. Raises UnsupportedModelError."""
-    resolved = config.dtype if name == "auto" else name
-    if resolved not in _DTYPES:
-        raise UnsupportedModelError(f"dtype={resolved} is not supported; supported are {', '.join(_DTYPES)}")
-    return _DTYPES[resolved]

@@ -18,7 +18,7 @@ from nanovllm_dist.models.layers.linear_kernel import pack_linear
 from nanovllm_dist.models.layers.norm import RMSNorm
 from nanovllm_dist.models.layers.rotary import RotaryEmbedding, rope_frequencies, rotate
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
-from nanovllm_dist.models.registry import model_class, resolve_dtype
+from nanovllm_dist.models.registry import model_class
 
 CPU = torch.device("cpu")
 ROPE_CONFIGS = [name for name in CONFIGS if name.startswith("llama")]
@@ -127,11 +127,3 @@ def test_decode_buckets_do_not_change_what_rows_attend_to(bucket_bytes: int, mon
 def test_an_unknown_architecture_is_answered_with_those_there_are() -> None:
     with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM.*LlamaForCausalLM.*Qwen3ForCausalLM"):
         model_class("MambaForCausalLM")
-
-
-def test_dtype_auto_is_the_checkpoints_own_and_others_are_refused() -> None:
-    config = our_config("llama")
-    assert resolve_dtype("auto", config) == torch.float32
-    assert resolve_dtype("bfloat16", config) == torch.bfloat16
-    with pytest.raises(UnsupportedModelError, match="float8"):
-        resolve_dtype("float8", config)

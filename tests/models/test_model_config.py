@@ -37,7 +37,7 @@ def test_reading_a_config_does_not_import_torch() -> None:
 
 def test_plain_config_gets_the_defaults_of_transformers() -> None:
     config = parse()
-    assert (config.head_dim, config.rms_norm_eps, config.dtype) == (16, 1e-6, "float32")
+    assert (config.head_dim, config.rms_norm_eps, config.dtype) == (16, 1e-6, "")
     assert (config.tie_word_embeddings, config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False, False)
     assert (config.rope.kind, config.rope.theta, config.rope.params) == ("default", 10000.0, {})
 
