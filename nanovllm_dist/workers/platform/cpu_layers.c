@@ -157,14 +157,11 @@ static inline void turn(uint16_t *restrict head, const uint16_t *weight, const f
         head[half + i] = to_bf16(from_bf16(high[i]) * cos[half + i] + from_bf16(low[i]) * sin[half + i]);
 }
 
-/* qkv [tokens, heads + 2 * kv_heads, dim], queries and keys normed (weight [heads + kv_heads, dim] or null) and
-   rotated (cos, sin [tokens, dim]) in place; keys and values also go to the caches' rows of kv_heads * dim elements
-   at `slots` [tokens]. */
-void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
-                      uint16_t *keys, uint16_t *values, int tokens, int heads, int kv_heads, int dim, float eps) {
+/* Tokens [from, to) of `rotate_and_store`. */
+static void rotate_rows(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
+                        uint16_t *keys, uint16_t *values, int from, int to, int heads, int kv_heads, int dim, float eps) {
     const int64_t row = (int64_t)(heads + 2 * kv_heads) * dim, cached = (int64_t)kv_heads * dim;
-#pragma omp parallel for if (tokens * row > SERIAL)
-    for (int token = 0; token < tokens; token++) {
+    for (int token = from; token < to; token++) {
         uint16_t *start = qkv + token * row;
         for (int head = 0; head < heads + kv_heads; head++) {
             const uint16_t *normed = weight ? weight + (int64_t)head * dim : 0;
@@ -173,6 +170,17 @@ void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, c
         memcpy(keys + slots[token] * cached, start + (int64_t)heads * dim, cached * sizeof *keys);
         memcpy(values + slots[token] * cached, start + (int64_t)(heads + kv_heads) * dim, cached * sizeof *values);
     }
+}
+
+/* qkv [tokens, heads + 2 * kv_heads, dim], queries and keys normed (weight [heads + kv_heads, dim] or null) and
+   rotated (cos, sin [tokens, dim]) in place; keys and values also go to the caches' rows of kv_heads * dim elements
+   at `slots` [tokens]. */
+void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
+                      uint16_t *keys, uint16_t *values, int tokens, int heads, int kv_heads, int dim, float eps) {
+    const int64_t row = (int64_t)(heads + 2 * kv_heads) * dim;
+#pragma omp parallel for if (tokens * row > SERIAL)
+    for (int token = 0; token < tokens; token++)
+        rotate_rows(qkv, weight, cos, sin, slots, keys, values, token, token + 1, heads, kv_heads, dim, eps);
 }
 
 /* ---- activation ------------------------------------------------------------------------------------------------ */

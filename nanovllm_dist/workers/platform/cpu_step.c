@@ -6,9 +6,14 @@
 
 #include "cpu_decode.c"
 #include "cpu_layers.c"
+#include "cpu_prefill.c"
 
 typedef void task(const uint16_t *, const uint16_t *, const uint16_t *, const int32_t *, int, uint16_t *, int, int, int,
                   int, float);
+
+/* The share of a thread: [FROM, TO) */
+#define FROM(COUNT) ((int)((int64_t)(COUNT) * thread / threads))
+#define TO(COUNT) ((int)((int64_t)(COUNT) * (thread + 1) / threads))
 
 /* One layer. Weights as `panel_linear` reads them, biases and qk_norm [heads + kv_heads, dim] or null; caches
    [blocks, block_size, kv_heads, dim]. */
@@ -81,8 +86,6 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
         const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
         uint16_t total[rows * hidden], normed[rows * hidden];
         memcpy(total, now->input, sizeof total);
-#define FROM(COUNT) ((int)((int64_t)(COUNT) * thread / threads))
-#define TO(COUNT) ((int)((int64_t)(COUNT) * (thread + 1) / threads))
 #define SHARED(IN, WEIGHT, BIAS, OUT, INPUTS, OUTPUTS) \
     some_outputs(IN, WEIGHT, BIAS, OUT, rows, INPUTS, OUTPUTS, FROM((OUTPUTS) / 32), TO((OUTPUTS) / 32))
         for (int index = 0; index < of->layers; index++) {
@@ -112,3 +115,5 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
         if (thread == 0) memcpy(now->output, normed, sizeof normed);
     }
 }
+
+#include "cpu_batch.c"
