@@ -1,8 +1,7 @@
 /* The operations of a decoder layer in bfloat16, for CPUs, each in one pass over memory: a product,
    residual and norm, rotation with the cache write, the gated activation. They know shapes and pointers, nothing else.
 
-   bfloat16 is uint16_t here; cpu_decode.c, which cpu_step.c includes before this file, converts it. Values are rounded
-   where a chain of torch's operators would round them. */
+   bfloat16 is uint16_t here. Values are rounded where a chain of torch's operators would round them. */
 
 #include <math.h>
 #include <omp.h>
@@ -15,10 +14,25 @@
 #define PANEL 64  /* outputs of a weight that lie together, in pairs of inputs: [inputs / 2, PANEL, 2] */
 #define LANES 16  /* outputs of one vector */
 #define TILE_ROWS 6 /* with four vectors of outputs, as many sums as there are registers for */
+#define LINE 32   /* elements of a cache line */
 #define SERIAL 4096 /* elements that one thread has done before a second one is awake */
 
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
+
+static inline float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) { /* round to nearest even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN, which -ffast-math does not compare */
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
 /* ---- products -------------------------------------------------------------------------------------------------- */
 
@@ -32,18 +46,21 @@ static inline floats dot(floats sum, const uint16_t *weight, uint32_t pair) {
 #endif
 }
 
+/* `ahead`: as many cache lines as there are pairs of inputs, which a later tile will read. */
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const uint16_t *input,
                                                        int inputs, const uint16_t *weight, const uint16_t *bias,
-                                                       uint16_t *output, int outputs) {
+                                                       uint16_t *output, int outputs, const uint16_t *ahead) {
     floats sum[TILE_ROWS][PANEL / LANES];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = (floats){0};
-    for (int k = 0; k < inputs; k += 2, weight += 2 * PANEL)
+    for (int k = 0; k < inputs; k += 2, weight += 2 * PANEL, ahead += LINE) {
+        __builtin_prefetch(ahead, 0, 2);
         for (int r = 0; r < rows; r++) {
             uint32_t pair;
             memcpy(&pair, input + (int64_t)r * inputs + k, 4);
             for (int v = 0; v < vectors; v++) sum[r][v] = dot(sum[r][v], weight + 2 * LANES * v, pair);
         }
+    }
     for (int r = 0; r < rows; r++) {
         float flat[PANEL];
         memcpy(flat, sum[r], vectors * sizeof(floats));
@@ -55,8 +72,8 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 
 #define TILES(ROWS)                                                       \
     case ROWS:                                                            \
-        if (whole) tile(ROWS, 4, x, inputs, at, biased, target, outputs); \
-        else tile(ROWS, 2, x, inputs, at, biased, target, outputs);       \
+        if (whole) tile(ROWS, 4, x, inputs, at, biased, target, outputs, ahead); \
+        else tile(ROWS, 2, x, inputs, at, biased, target, outputs, ahead);       \
         break;
 
 /* Outputs [half, end) of `panel_linear`, counted in half panels. */
@@ -71,6 +88,9 @@ static void some_outputs(const uint16_t *input, const uint16_t *weight, const ui
         for (int row = 0; row < rows; row += TILE_ROWS) {
             const uint16_t *x = input + (int64_t)row * inputs;
             uint16_t *target = output + (int64_t)row * outputs + first;
+            /* With many rows the first tiles fetch the next panel, which else would come while nothing is computed;
+               with few all waits for memory anyway, and the tile's own lines come first. */
+            const uint16_t *ahead = rows > 2 * TILE_ROWS ? at + panel + row / TILE_ROWS * LINE * (inputs / 2) : at;
             switch (rows - row) {
                 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5)
                 default:

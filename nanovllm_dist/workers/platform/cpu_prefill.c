@@ -81,7 +81,7 @@ static inline void soften(float *restrict score, int visible, uint16_t *restrict
         weight[i] = to_bf16(each);
     }
     if (top > *peak) {
-        float fade = expf(*peak - top);
+        float fade = *peak > NOTHING ? expf(*peak - top) : 0.0f;
         *mass *= fade, *peak = top;
         for (int d = 0; d < dim; d++) sum[d] *= fade;
     }

@@ -4,9 +4,10 @@
    in between. Every thread keeps the residual and the norms for itself, which is quicker than to wait for another's.
    The other kernels are part of this file, so that they are one library. */
 
-#include "cpu_decode.c"
 #include "cpu_layers.c"
 #include "cpu_prefill.c"
+#include "cpu_dot.c"
+#include "cpu_decode.c"
 
 typedef void task(const uint16_t *, const uint16_t *, const uint16_t *, const int32_t *, int, uint16_t *, int, int, int,
                   int, float);
