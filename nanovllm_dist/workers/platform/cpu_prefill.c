@@ -14,6 +14,7 @@
 #define TURN PANEL    /* keys of a turn */
 #define BLOCK_ROWS 96 /* queries of a task, a query being one token's head; a multiple of TILE_ROWS */
 #define NOTHING -1e30f
+#define LOWEST -80.0f
 
 typedef struct {
     const uint16_t *query, *keys, *values;
@@ -76,12 +77,14 @@ static inline void soften(float *restrict score, int visible, uint16_t *restrict
     for (int i = visible; i < TURN; i++) score[i] = NOTHING;
     for (int i = 0; i < TURN; i++) top = score[i] > top ? score[i] : top;
     for (int i = 0; i < TURN; i++) {
-        float each = expf(score[i] - top);
+        /* expf leaves its fast way where it underflows */
+        float below = score[i] - top, each = expf(below > LOWEST ? below : LOWEST);
+        if (below < LOWEST) each = 0.0f;
         total += each;
         weight[i] = to_bf16(each);
     }
     if (top > *peak) {
-        float fade = *peak > NOTHING ? expf(*peak - top) : 0.0f;
+        float below = *peak - top, fade = below > LOWEST ? expf(below) : 0.0f;
         *mass *= fade, *peak = top;
         for (int d = 0; d < dim; d++) sum[d] *= fade;
     }
