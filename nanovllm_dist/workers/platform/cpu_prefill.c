@@ -79,10 +79,10 @@ static inline void soften(float *restrict score, int visible, uint16_t *restrict
     for (int i = 0; i < TURN; i++) {
         /* expf leaves its fast way where it underflows */
         float below = score[i] - top, each = expf(below > LOWEST ? below : LOWEST);
-        if (below < LOWEST) each = 0.0f;
         total += each;
         weight[i] = to_bf16(each);
     }
+    for (int i = visible; i < TURN; i++) weight[i] = 0;
     if (top > *peak) {
         float below = *peak - top, fade = below > LOWEST ? expf(below) : 0.0f;
         *mass *= fade, *peak = top;
