@@ -1,5 +1,5 @@
 /* All layers of a decoder for a step of any rows, decodes first, in bfloat16: one parallel region from embeddings to the
-   final norm. Threads share rows in norms and rotations, outputs in products, tasks in attention.
+   final norm. Threads share rows in norms and rotations equally, outputs in products and tasks in attention as they come.
 
    Products take some rows at a time, so that what goes in and comes out stays in the second-level caches.
    cpu_step.c includes it behind the other kernels and has `layer` and `shape`. */
@@ -45,16 +45,20 @@ static void attend_batch(const layer *at, const shape *of, const batch *now, con
     attend_rows(&rest, now->decodes, now->rows);
 }
 
-/* active = silu(gates) * ups of rows [0, rows) of `normed`, this thread's share of the outputs. */
-static void gate(const layer *at, const shape *of, const uint16_t *normed, uint16_t *gates, uint16_t *active, int rows,
-                 int thread, int threads) {
+/* active = silu(gates) * ups of rows [0, rows) of `normed`, shared as in `share_outputs`. */
+static void share_gates(const layer *at, const shape *of, const uint16_t *normed, uint16_t *gates, uint16_t *active,
+                        int rows, int threads) {
     const int middle = of->intermediate, units = middle / 32;
-    const int from = units * thread / threads, to = units * (thread + 1) / threads;
-    some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, of->hidden, 2 * middle, from, to);
-    some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, of->hidden, 2 * middle, units + from, units + to);
-    for (int row = 0; row < rows; row++) {
-        const uint16_t *own = gates + 2 * (int64_t)row * middle + from * 32;
-        activate(own, own + middle, active + (int64_t)row * middle + from * 32, (to - from) * 32);
+#pragma omp for schedule(dynamic) nowait
+    for (int from = 0; from < units; from += 2) {
+        const int to = from + 2 < units ? from + 2 : units;
+        some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, of->hidden, 2 * middle, from, to, threads);
+        some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, of->hidden, 2 * middle, units + from,
+                     units + to, threads);
+        for (int row = 0; row < rows; row++) {
+            const uint16_t *own = gates + 2 * (int64_t)row * middle + from * 32;
+            activate(own, own + middle, active + (int64_t)row * middle + from * 32, (to - from) * 32);
+        }
     }
 }
 
@@ -75,8 +79,8 @@ void batch_step(const layer *layers, const shape *of, const uint16_t *final, con
             add_norm(total + mine, index ? delta + mine : 0, at->input_norm, normed + mine, own, hidden, of->eps);
 #pragma omp barrier
             for (int64_t row = 0; row < tokens; row += CHUNK)
-                some_outputs(normed + row * hidden, at->qkv, at->qkv_bias, qkv + row * packed,
-                             at_most(CHUNK, tokens - row), hidden, packed, FROM(packed / 32), TO(packed / 32));
+                share_outputs(normed + row * hidden, at->qkv, at->qkv_bias, qkv + row * packed,
+                              at_most(CHUNK, tokens - row), hidden, packed);
 #pragma omp barrier
             rotate_rows(qkv, at->qk_norm, now->cos, now->sin, now->slots, at->keys, at->values, first, first + own,
                         of->heads, of->kv_heads, of->dim, of->qk_eps);
@@ -84,17 +88,16 @@ void batch_step(const layer *layers, const shape *of, const uint16_t *final, con
             attend_batch(at, of, now, qkv, context, threads);
 #pragma omp barrier
             for (int64_t row = 0; row < tokens; row += CHUNK)
-                some_outputs(context + row * inner, at->o, 0, delta + row * hidden, at_most(CHUNK, tokens - row), inner,
-                             hidden, FROM(hidden / 32), TO(hidden / 32));
+                share_outputs(context + row * inner, at->o, 0, delta + row * hidden, at_most(CHUNK, tokens - row), inner,
+                              hidden);
 #pragma omp barrier
             add_norm(total + mine, delta + mine, at->mlp_norm, normed + mine, own, hidden, of->eps);
 #pragma omp barrier
             for (int64_t row = 0, turn = 0; row < tokens; row += CHUNK, turn ^= 1) {
                 const int rows = at_most(CHUNK, tokens - row);
-                gate(at, of, normed + row * hidden, gates, active[turn], rows, thread, threads);
+                share_gates(at, of, normed + row * hidden, gates, active[turn], rows, threads);
 #pragma omp barrier
-                some_outputs(active[turn], at->down, 0, delta + row * hidden, rows, middle, hidden, FROM(hidden / 32),
-                             TO(hidden / 32));
+                share_outputs(active[turn], at->down, 0, delta + row * hidden, rows, middle, hidden);
             }
 #pragma omp barrier
         }

@@ -76,9 +76,10 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         else tile(ROWS, 2, x, inputs, at, biased, target, outputs, ahead);       \
         break;
 
-/* Outputs [half, end) of `panel_linear`, counted in half panels. */
+/* Outputs [half, end) of `panel_linear`, counted in half panels. `next`: panels from one to that which this thread is
+   likely to have next. */
 static void some_outputs(const uint16_t *input, const uint16_t *weight, const uint16_t *bias, uint16_t *output,
-                         int rows, int inputs, int outputs, int half, int end) {
+                         int rows, int inputs, int outputs, int half, int end, int next) {
     const int64_t panel = (int64_t)((inputs + 31) / 32 * 32) * PANEL;
     while (half < end) { /* whole panels where that is possible */
         int whole = half % 2 == 0 && half + 2 <= end;
@@ -90,7 +91,7 @@ static void some_outputs(const uint16_t *input, const uint16_t *weight, const ui
             uint16_t *target = output + (int64_t)row * outputs + first;
             /* With many rows the first tiles fetch the next panel, which else would come while nothing is computed;
                with few all waits for memory anyway, and the tile's own lines come first. */
-            const uint16_t *ahead = rows > 2 * TILE_ROWS ? at + panel + row / TILE_ROWS * LINE * (inputs / 2) : at;
+            const uint16_t *ahead = rows > 2 * TILE_ROWS ? at + next * panel + row / TILE_ROWS * LINE * (inputs / 2) : at;
             switch (rows - row) {
                 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5)
                 default:
@@ -98,6 +99,19 @@ static void some_outputs(const uint16_t *input, const uint16_t *weight, const ui
             }
         }
         half += whole ? 2 : 1;
+    }
+}
+
+/* All outputs, shared by the threads of the region it is called in as each is ready for more: on a machine that is not
+   theirs alone equal shares end apart. Half panels come last. None waits at the end. */
+static void share_outputs(const uint16_t *input, const uint16_t *weight, const uint16_t *bias, uint16_t *output,
+                          int rows, int inputs, int outputs) {
+    const int threads = omp_get_num_threads(), halves = outputs / (PANEL / 2);
+    const int whole = halves / 2 > threads ? halves / 2 - threads : 0;
+#pragma omp for schedule(dynamic) nowait
+    for (int each = 0; each < halves - whole; each++) {
+        const int half = each < whole ? 2 * each : whole + each;
+        some_outputs(input, weight, bias, output, rows, inputs, outputs, half, half + (each < whole ? 2 : 1), threads);
     }
 }
 
@@ -109,8 +123,10 @@ void panel_linear(const uint16_t *input, const uint16_t *weight, const uint16_t 
 #pragma omp parallel
     {
         int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        some_outputs(input, weight, bias, output, rows, inputs, outputs, (int)(halves * thread / threads),
-                     (int)(halves * (thread + 1) / threads));
+        if (rows > 2 * TILE_ROWS) share_outputs(input, weight, bias, output, rows, inputs, outputs);
+        else
+            some_outputs(input, weight, bias, output, rows, inputs, outputs, (int)(halves * thread / threads),
+                         (int)(halves * (thread + 1) / threads), 1);
     }
 }
 

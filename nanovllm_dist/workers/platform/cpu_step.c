@@ -88,7 +88,7 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
         uint16_t total[rows * hidden], normed[rows * hidden];
         memcpy(total, now->input, sizeof total);
 #define SHARED(IN, WEIGHT, BIAS, OUT, INPUTS, OUTPUTS) \
-    some_outputs(IN, WEIGHT, BIAS, OUT, rows, INPUTS, OUTPUTS, FROM((OUTPUTS) / 32), TO((OUTPUTS) / 32))
+    some_outputs(IN, WEIGHT, BIAS, OUT, rows, INPUTS, OUTPUTS, FROM((OUTPUTS) / 32), TO((OUTPUTS) / 32), 1)
         for (int index = 0; index < of->layers; index++) {
             const layer *at = layers + index;
             add_norm(total, index ? passed : 0, at->input_norm, normed, rows, hidden, of->eps);
@@ -101,9 +101,9 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
 #pragma omp barrier
             add_norm(total, attended, at->mlp_norm, normed, rows, hidden, of->eps);
             const int from = FROM(middle / 32), to = TO(middle / 32), units = middle / 32;
-            some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, from, to);
+            some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, from, to, 1);
             some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, units + from,
-                         units + to);
+                         units + to, 1);
             for (int row = 0; row < rows; row++) {
                 const uint16_t *gate = gates + 2 * row * middle + from * 32;
                 activate(gate, gate + middle, active + row * middle + from * 32, (to - from) * 32);
