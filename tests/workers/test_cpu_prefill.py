@@ -1,13 +1,16 @@
-"""The C kernel for prefill rows gives what exact attention gives, to the rounding of bfloat16."""
+"""The C kernels for rows in bfloat16 give what exact attention gives, to the rounding of bfloat16."""
 
 from __future__ import annotations
 
+import platform
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
+from nanovllm_dist.workers.platform import cpu_kernels
 from nanovllm_dist.workers.platform.cpu_attention import HEAD_DIMS, CpuAttention
 
 BF16 = torch.bfloat16
@@ -62,13 +65,10 @@ def exact(query: torch.Tensor, batch: AttentionBatch, row: int) -> tuple[torch.T
     return torch.einsum("hqk,khd->qhd", weights, value), torch.einsum("hqk,khd->qhd", weights, value.abs())
 
 
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize(("kv_heads", "group"), [(3, 3), (1, 7), (2, 1), (1, 32), (1, 120)])
-@pytest.mark.parametrize("block_size", [5, 16, 128])
-def test_every_row_is_exact_to_the_rounding_of_bfloat16(dim: int, kv_heads: int, group: int, block_size: int) -> None:
-    attention = CpuAttention(dim, BF16)
+def check(attention: CpuAttention, dim: int, kv_heads: int, group: int, block_size: int) -> None:
+    """Decodes and prefills of one step against attention in float64."""
     assert attention.prefills_natively, "this machine has a C compiler, and the kernel was not built with it"
-    batch = make_batch([70, 3], ROWS, block_size, kv_heads, dim)
+    batch = make_batch([70, 3, 1, 64, 129], ROWS, block_size, kv_heads, dim)
     tokens = len(batch.slot_mapping)
     query = torch.randn(tokens, kv_heads * group, dim, generator=torch.Generator().manual_seed(1)).to(BF16)
     key, value = (cache.flatten(0, 1)[batch.slot_mapping] for cache in batch.kv_caches[0])
@@ -78,6 +78,29 @@ def test_every_row_is_exact_to_the_rounding_of_bfloat16(dim: int, kv_heads: int,
         ours = output[int(batch.query_start[row]) :][: len(expected)]
         # a weight and the result are rounded once each, by at most 2**-8 of themselves; sums in fp32 add little
         assert ((ours - expected).abs() <= 2**-7 * bound + 1e-6).all(), row
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize(("kv_heads", "group"), [(3, 3), (1, 7), (2, 1), (1, 32), (1, 120)])
+@pytest.mark.parametrize("block_size", [5, 16, 128])
+def test_every_row_is_exact_to_the_rounding_of_bfloat16(dim: int, kv_heads: int, group: int, block_size: int) -> None:
+    check(CpuAttention(dim, BF16), dim, kv_heads, group, block_size)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_a_processor_that_does_not_multiply_bfloat16_gets_the_same(
+    dim: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("the compiler's option is one for x86")
+    monkeypatch.setenv("CC", "gcc -mno-avx512bf16")
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    cpu_kernels.kernel_library.cache_clear()
+    try:
+        attention = CpuAttention(dim, BF16)
+    finally:
+        cpu_kernels.kernel_library.cache_clear()
+    check(attention, dim, 2, 3, 16)
 
 
 def test_large_scores_do_not_overflow_and_the_likeliest_key_wins() -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from nanovllm_dist.workers.transfers import Transfers
 
 # Without --kv-cache-memory all ranks together take this share of the memory that is free after loading, but no more
-# than this many bytes, or than what the process with its weights takes if that is more: freed blocks are kept for prompts
-# that begin alike, so a cache fills all the memory that it may, and a small model has no use for 6 GB
+# than this many bytes, or than what the process with its weights takes if that is more: freed blocks are kept for
+# prompts that begin alike, so a cache fills all the memory that it may, and a small model has no use for 6 GB
 FREE_MEMORY_SHARE = 0.25
 SMALL_CACHE_BYTES = 2**30
 _WARM_UP_TOKENS = 16
@@ -127,8 +127,8 @@ class CpuPlatform(Platform):
         return min(_WARM_UP_TOKENS, config.max_num_batched_tokens)
 
     def cache_bytes(self, config: EngineConfig) -> int:
-        """`kv_cache_memory` of each rank, or its part of a quarter of the free memory: at most 1 GiB of all ranks, or as
-        much as the process has by now, whichever is more."""
+        """`kv_cache_memory` of each rank, or its part of a quarter of the free memory: at most 1 GiB of all ranks, or
+        as much as the process has by now, whichever is more."""
         if config.kv_cache_memory:
             return config.kv_cache_memory
         import psutil

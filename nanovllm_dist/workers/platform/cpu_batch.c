@@ -1,5 +1,6 @@
-/* All layers of a decoder for a step of any rows, decodes first, in bfloat16: one parallel region from embeddings to the
-   final norm. Threads share rows in norms and rotations equally, outputs in products and tasks in attention as they come.
+/* All layers of a decoder for a step of any rows, decodes first, in bfloat16: one parallel region from embeddings to
+   the final norm. Threads share rows in norms and rotations equally, outputs in products and tasks in attention as
+   they come.
 
    Products take some rows at a time, so that what goes in and comes out stays in the second-level caches.
    cpu_step.c includes it behind the other kernels and has `layer` and `shape`. */
@@ -65,7 +66,8 @@ static void share_gates(const layer *at, const shape *of, const uint16_t *normed
 /* Runs the layers, then the norm `final`. */
 void batch_step(const layer *layers, const shape *of, const uint16_t *final, const batch *now) {
     const int64_t tokens = now->tokens, hidden = of->hidden, inner = of->heads * of->dim;
-    const int64_t packed = inner + 2 * of->kv_heads * of->dim, middle = of->intermediate, chunk = at_most(tokens, CHUNK);
+    const int64_t packed = inner + 2 * of->kv_heads * of->dim, middle = of->intermediate;
+    const int64_t chunk = at_most(tokens, CHUNK);
     uint16_t *total = now->space, *normed = total + tokens * hidden, *delta = normed + tokens * hidden;
     uint16_t *qkv = delta + tokens * hidden, *context = qkv + tokens * packed, *gates = context + tokens * inner;
     uint16_t *active[2] = {gates + 2 * chunk * middle, gates + 3 * chunk * middle};
@@ -88,8 +90,8 @@ void batch_step(const layer *layers, const shape *of, const uint16_t *final, con
             attend_batch(at, of, now, qkv, context, threads);
 #pragma omp barrier
             for (int64_t row = 0; row < tokens; row += CHUNK)
-                share_outputs(context + row * inner, at->o, 0, delta + row * hidden, at_most(CHUNK, tokens - row), inner,
-                              hidden);
+                share_outputs(context + row * inner, at->o, 0, delta + row * hidden, at_most(CHUNK, tokens - row),
+                              inner, hidden);
 #pragma omp barrier
             add_norm(total + mine, delta + mine, at->mlp_norm, normed + mine, own, hidden, of->eps);
 #pragma omp barrier

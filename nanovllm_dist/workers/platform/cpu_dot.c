@@ -1,9 +1,10 @@
-/* Decode attention of one row in bfloat16, for processors that multiply it: what the task of cpu_decode.c does, in a sixth
-   of its instructions. cpu_step.c includes it behind cpu_prefill.c, whose softmax it shares.
+/* Decode attention of one row in bfloat16, for processors that multiply it: what the task of cpu_decode.c does, at
+   twice its speed (64 rows of 130 to 330 keys of a 135M model, two Zen 4 cores: 17 instead of 36 ms). cpu_step.c
+   includes it behind cpu_prefill.c, whose softmax it shares.
 
-   Keys are multiplied lying as they are in memory, and the partial sums of sixteen keys added up together. Values of two
-   keys are interleaved, within 128 bits, for a product with the pair of their weights; sums of dimensions lie in that order
-   until the end. A turn's keys are asked of memory while the turn before is computed. */
+   Keys are multiplied lying as they are in memory, and the partial sums of sixteen keys added up together. Values of
+   two keys are interleaved, within 128 bits, for a product with the pair of their weights; sums of dimensions lie in
+   that order until the end. A turn's keys are asked of memory while the turn before is computed. */
 
 #ifdef __AVX512BF16__
 
@@ -88,50 +89,50 @@ static void place_turn(int64_t *places, const int32_t *table, int start, int len
     }
 }
 
-#define DOT_TASK(NAME, DIM)                                                                                              \
-    static void NAME(const uint16_t *query, const uint16_t *keys, const uint16_t *values, const int32_t *table,          \
-                     int length, uint16_t *output, int kv_heads, int heads, int group, int block_size, float scale) {    \
-        enum { WIDTH = DIM / HALF };                                                                                     \
-        const int all = heads * group;                                                                                   \
-        float sum[all][DIM], peak[all], mass[all], score[TOGETHER][TURN];                                                \
-        uint16_t weight[TOGETHER][TURN];                                                                                 \
-        int64_t places[2][TURN];                                                                                         \
-        memset(sum, 0, sizeof sum);                                                                                      \
-        for (int g = 0; g < all; g++) peak[g] = NOTHING, mass[g] = 0.0f;                                                 \
-        place_turn(places[0], table, 0, length, block_size, (int64_t)kv_heads * DIM);                                    \
-        for (int i = 0; i < TURN && i < length; i++)                                                                     \
-            for (int d = 0; d < heads * DIM; d += HALF) __builtin_prefetch(keys + places[0][i] + d, 0, 2);               \
-        for (int i = 0; i < TURN && i < length; i++)                                                                     \
-            for (int d = 0; d < heads * DIM; d += HALF) __builtin_prefetch(values + places[0][i] + d, 0, 2);             \
-        for (int start = 0, turn = 0; start < length; start += TURN, turn ^= 1) {                                        \
-            const int left = length - start, count = left < TURN ? left : TURN;                                          \
-            const int64_t *here = places[turn], *next = left > TURN ? places[turn ^ 1] : here;                           \
-            if (left > TURN)                                                                                             \
-                place_turn(places[turn ^ 1], table, start + TURN, length, block_size, (int64_t)kv_heads * DIM);          \
-            for (int g = 0, size; g < all; g += size) {                                                                  \
-                const uint16_t *key = keys + g / group * DIM, *value = values + g / group * DIM;                         \
-                size = group - g % group < TOGETHER ? group - g % group : TOGETHER;                                      \
-                switch (size) {                                                                                          \
-                    case 1: score_turn(1, WIDTH, query + g * DIM, key, here, next, count, score); break;                 \
-                    case 2: score_turn(2, WIDTH, query + g * DIM, key, here, next, count, score); break;                 \
-                    default: score_turn(3, WIDTH, query + g * DIM, key, here, next, count, score);                       \
-                }                                                                                                        \
-                for (int each = 0; each < size; each++) {                                                                \
-                    for (int i = 0; i < TURN; i++) score[each][i] *= scale;                                              \
-                    soften(score[each], count, weight[each], peak + g + each, mass + g + each, sum[g + each], DIM);      \
-                }                                                                                                        \
-                switch (size) {                                                                                          \
-                    case 1: add_turn(1, WIDTH, weight, value, here, next, count, sum[g]); break;                         \
-                    case 2: add_turn(2, WIDTH, weight, value, here, next, count, sum[g]); break;                         \
-                    default: add_turn(3, WIDTH, weight, value, here, next, count, sum[g]);                               \
-                }                                                                                                        \
-            }                                                                                                            \
-        }                                                                                                                \
-        for (int g = 0; g < all; g++)                                                                                    \
-            for (int d = 0; d < DIM; d++) { /* four dimensions of the low half, then four of the high one */             \
-                int place = d / HALF * HALF + d % 8 / 4 * LANES + d % HALF / 8 * 4 + d % 4;                              \
-                output[g * DIM + d] = to_bf16(sum[g][place] / mass[g]);                                                  \
-            }                                                                                                            \
+#define DOT_TASK(NAME, DIM)                                                                                            \
+    static void NAME(const uint16_t *query, const uint16_t *keys, const uint16_t *values, const int32_t *table,        \
+                     int length, uint16_t *output, int kv_heads, int heads, int group, int block_size, float scale) {  \
+        enum { WIDTH = DIM / HALF };                                                                                   \
+        const int all = heads * group;                                                                                 \
+        float sum[all][DIM], peak[all], mass[all], score[TOGETHER][TURN];                                              \
+        uint16_t weight[TOGETHER][TURN];                                                                               \
+        int64_t places[2][TURN];                                                                                       \
+        memset(sum, 0, sizeof sum);                                                                                    \
+        for (int g = 0; g < all; g++) peak[g] = NOTHING, mass[g] = 0.0f;                                               \
+        place_turn(places[0], table, 0, length, block_size, (int64_t)kv_heads * DIM);                                  \
+        for (int i = 0; i < TURN && i < length; i++)                                                                   \
+            for (int d = 0; d < heads * DIM; d += HALF) __builtin_prefetch(keys + places[0][i] + d, 0, 2);             \
+        for (int i = 0; i < TURN && i < length; i++)                                                                   \
+            for (int d = 0; d < heads * DIM; d += HALF) __builtin_prefetch(values + places[0][i] + d, 0, 2);           \
+        for (int start = 0, turn = 0; start < length; start += TURN, turn ^= 1) {                                      \
+            const int left = length - start, count = left < TURN ? left : TURN;                                        \
+            const int64_t *here = places[turn], *next = left > TURN ? places[turn ^ 1] : here;                         \
+            if (left > TURN)                                                                                           \
+                place_turn(places[turn ^ 1], table, start + TURN, length, block_size, (int64_t)kv_heads * DIM);        \
+            for (int g = 0, size; g < all; g += size) {                                                                \
+                const uint16_t *key = keys + g / group * DIM, *value = values + g / group * DIM;                       \
+                size = group - g % group < TOGETHER ? group - g % group : TOGETHER;                                    \
+                switch (size) {                                                                                        \
+                    case 1: score_turn(1, WIDTH, query + g * DIM, key, here, next, count, score); break;               \
+                    case 2: score_turn(2, WIDTH, query + g * DIM, key, here, next, count, score); break;               \
+                    default: score_turn(3, WIDTH, query + g * DIM, key, here, next, count, score);                     \
+                }                                                                                                      \
+                for (int each = 0; each < size; each++) {                                                              \
+                    for (int i = 0; i < TURN; i++) score[each][i] *= scale;                                            \
+                    soften(score[each], count, weight[each], peak + g + each, mass + g + each, sum[g + each], DIM);    \
+                }                                                                                                      \
+                switch (size) {                                                                                        \
+                    case 1: add_turn(1, WIDTH, weight, value, here, next, count, sum[g]); break;                       \
+                    case 2: add_turn(2, WIDTH, weight, value, here, next, count, sum[g]); break;                       \
+                    default: add_turn(3, WIDTH, weight, value, here, next, count, sum[g]);                             \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int g = 0; g < all; g++)                                                                                  \
+            for (int d = 0; d < DIM; d++) { /* four dimensions of the low half, then four of the high one */           \
+                int place = d / HALF * HALF + d % 8 / 4 * LANES + d % HALF / 8 * 4 + d % 4;                            \
+                output[g * DIM + d] = to_bf16(sum[g][place] / mass[g]);                                                \
+            }                                                                                                          \
     }
 
 DOT_TASK(dot_64_task, 64)

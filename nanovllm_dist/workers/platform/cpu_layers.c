@@ -91,7 +91,8 @@ static void some_outputs(const uint16_t *input, const uint16_t *weight, const ui
             uint16_t *target = output + (int64_t)row * outputs + first;
             /* With many rows the first tiles fetch the next panel, which else would come while nothing is computed;
                with few all waits for memory anyway, and the tile's own lines come first. */
-            const uint16_t *ahead = rows > 2 * TILE_ROWS ? at + next * panel + row / TILE_ROWS * LINE * (inputs / 2) : at;
+            const uint16_t *ahead = at;
+            if (rows > 2 * TILE_ROWS) ahead += next * panel + row / TILE_ROWS * LINE * (inputs / 2);
             switch (rows - row) {
                 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5)
                 default:
@@ -195,7 +196,8 @@ static inline void turn(uint16_t *restrict head, const uint16_t *weight, const f
 
 /* Tokens [from, to) of `rotate_and_store`. */
 static void rotate_rows(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
-                        uint16_t *keys, uint16_t *values, int from, int to, int heads, int kv_heads, int dim, float eps) {
+                        uint16_t *keys, uint16_t *values, int from, int to, int heads, int kv_heads, int dim,
+                        float eps) {
     const int64_t row = (int64_t)(heads + 2 * kv_heads) * dim, cached = (int64_t)kv_heads * dim;
     for (int token = from; token < to; token++) {
         uint16_t *start = qkv + token * row;

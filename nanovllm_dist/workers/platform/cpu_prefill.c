@@ -24,8 +24,8 @@ typedef struct {
     int32_t kv_heads, group, dim, block_size;
 } attention;
 
-/* sum [TILE_ROWS, vectors] += x [TILE_ROWS, 2 * pairs] * weight [pairs, stride], each a pair of inputs for LANES outputs
-   a vector. */
+/* sum [TILE_ROWS, vectors] += x [TILE_ROWS, 2 * pairs] * weight [pairs, stride], each a pair of inputs for LANES
+   outputs a vector. */
 static inline __attribute__((always_inline)) void multiply(const int vectors, const uint16_t *x, int64_t x_stride,
                                                            int pairs, const uint16_t *weight, int64_t stride,
                                                            floats sum[TILE_ROWS][4]) {
@@ -103,7 +103,8 @@ static void attend_block(const attention *of, int row, int head, int first, int 
     memset(query + rows * dim, 0, (padded - rows) * dim * sizeof *query);
     memset(keys, 0, sizeof keys);
     for (int t = 0; t < count; t++)
-        memcpy(query + t * group * dim, of->query + (token + t) * of->query_stride + place, group * dim * sizeof *query);
+        memcpy(query + t * group * dim, of->query + (token + t) * of->query_stride + place,
+               group * dim * sizeof *query);
     for (int r = 0; r < padded; r++) peak[r] = NOTHING, mass[r] = 0.0f;
     memset(sum, 0, sizeof sum);
     for (int start = 0; start <= last; start += TURN) {

@@ -1,5 +1,6 @@
-/* Sampling from rows of bfloat16 logits, for CPUs: the argmax or a plain draw. As in workers/sampling_draw.py the likeliest
-   token weighs 2**42 and weights are summed as integers in vocabulary order, so a draw depends on its row alone.
+/* Sampling from rows of bfloat16 logits, for CPUs: the argmax or a plain draw. As in workers/sampling_draw.py the
+   likeliest token weighs 2**42 and weights are summed as integers in vocabulary order, so a draw depends on its row
+   alone.
 
    cpu_step.c includes it; it knows nothing of layers. */
 

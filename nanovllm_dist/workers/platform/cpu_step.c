@@ -1,4 +1,5 @@
-/* All layers of a decoder for a step of few decodes, in bfloat16: one parallel region from embeddings to the final norm.
+/* All layers of a decoder for a step of few decodes, in bfloat16: one parallel region from embeddings to the final
+   norm.
 
    A step of one row is a few hundred small operations; here the threads meet five times a layer and nothing is called
    in between. Every thread keeps the residual and the norms for itself, which is quicker than to wait for another's.
