@@ -22,7 +22,7 @@ from nanovllm_dist.models.registry import build_model
 from nanovllm_dist.workers.platform import cpu_kernels
 from nanovllm_dist.workers.platform.cpu_attention import CpuAttention
 from nanovllm_dist.workers.platform.cpu_layers import CpuLayers, PanelLinear, cpu_layers
-from nanovllm_dist.workers.platform.cpu_step import MAX_ROWS, fuse_step
+from nanovllm_dist.workers.platform.cpu_step import FEW_ROWS, fuse_step
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -186,15 +186,45 @@ def test_a_fused_step_is_no_further_from_float32_than_torch_in_bfloat16(name: st
     assert (theirs - reference).norm() < 0.1 * reference.norm()
 
 
-def test_more_rows_and_prefills_are_left_to_the_layers(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path, native())
-    fused = fuse_step(model, SingleRank(), BF16)
-    assert fused is not None
-    many = decodes(model, [9] * (MAX_ROWS + 1))
-    prefill = decodes(model, [9])
-    prefill.num_decodes, prefill.host_query_lens = 0, [4]
-    assert not fused.takes(many)
-    assert not fused.takes(prefill)
+def mixed(model: DecoderLM, prefills: list[tuple[int, int]], lengths: list[int]) -> AttentionBatch:
+    """Decodes of these lengths, then prefill rows of (tokens, keys before them)."""
+    batch = decodes(model, [*lengths, *(new + old for new, old in prefills)])
+    counts = [*(1 for _ in lengths), *(new for new, _old in prefills)]
+    slots = []
+    for row, (count, length) in enumerate(zip(counts, batch.host_context_lens, strict=True)):
+        places = torch.arange(length - count, length)
+        slots.append(batch.block_tables[row, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE)
+    batch.slot_mapping = torch.cat(slots)
+    batch.query_start = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    batch.num_decodes, batch.host_query_lens = len(lengths), counts
+    return batch
+
+
+def run_mixed(model: DecoderLM, batch: AttentionBatch) -> torch.Tensor:
+    rows = zip(batch.host_query_lens, batch.host_context_lens, strict=True)
+    positions = torch.cat([torch.arange(length - count, length) for count, length in rows])
+    with torch.inference_mode():
+        return model(torch.arange(len(positions)) % 250, positions, batch)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("prefills", "lengths"),
+    [([], [30] * (FEW_ROWS + 1)), ([(1, 0)], []), ([(300, 0), (7, 90)], []), ([(200, 20), (61, 0), (2, 5)], [9, 77])],
+    ids=["decodes", "one_token", "prefills", "mixed"],
+)
+def test_a_fused_step_of_any_rows_is_the_same_as_its_operations(
+    name: str, prefills: list[tuple[int, int]], lengths: list[int], tmp_path: Path
+) -> None:
+    model = make_model(name, tmp_path, native(MODELS[name]["head_dim"]))
+    apart, fused = mixed(model, prefills, lengths), mixed(model, prefills, lengths)
+    expected = run_mixed(model, apart)
+    model.fused = fuse_step(model, SingleRank(), BF16)
+    assert model.fused is not None
+    for _again in range(2):  # what a step leaves in its workspace is nothing to the next
+        assert torch.equal(run_mixed(model, fused), expected)
+    for ours, theirs in zip(fused.kv_caches, apart.kv_caches, strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("change", [{"attention_bias": True}, {"mlp_bias": True}, {"intermediate_size": 200}], ids=str)

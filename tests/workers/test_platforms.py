@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanovllm_dist.config import EngineConfig
@@ -57,3 +58,12 @@ def test_an_option_of_another_device_is_refused_by_name(options: dict[str, str],
     (name,) = options
     with pytest.raises(ConfigError, match=rf"{name}=.* is not for device=cpu"):
         get_platform("cpu").check(config, read_model_config(str(tiny_model), {}))
+
+
+def test_a_cache_on_the_cpu_takes_at_most_a_gibibyte_or_as_much_as_the_process(tiny_model: Path) -> None:
+    config = EngineConfig(model=str(tiny_model), device="cpu")
+    alone = get_platform("cpu").cache_bytes(config)
+    assert 0 < alone <= max(2**30, 2 * psutil.Process().memory_info().rss)
+    shared = get_platform("cpu").cache_bytes(config.replace(tensor_parallel_size=2))
+    assert shared <= alone
+    assert get_platform("cpu").cache_bytes(config.replace(kv_cache_memory=12345)) == 12345

@@ -66,10 +66,15 @@ class TorchAttention:
         if len(buckets) > 1:
             sort = torch.tensor(order, device=batch.block_tables.device)
             unsort = torch.argsort(sort)
-        return _Plan(sort, unsort, buckets, _prefill_rows(batch), sum(batch.host_query_lens))
+        prefills = _prefill_rows(batch) if self.plans_prefills() else []
+        return _Plan(sort, unsort, buckets, prefills, sum(batch.host_query_lens))
 
     def plans_decodes(self) -> bool:
         """Whether `attend` fills in the decode rows; a subclass may do so itself."""
+        return True
+
+    def plans_prefills(self) -> bool:
+        """The same of the prefill rows."""
         return True
 
     def attend(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
-from nanovllm_dist.workers.platform.base import Finding, Platform
+from nanovllm_dist.workers.platform.base import DeviceSampler, Finding, Platform
 
 if TYPE_CHECKING:
     import torch
@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
     from nanovllm_dist.models.config import ModelConfig
     from nanovllm_dist.models.layers.decoder import DecoderLM, FusedLayers
+    from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
     from nanovllm_dist.workers.transfers import Transfers
 
-# Without --kv-cache-memory all ranks together take this share of the memory that is free after loading
+# Without --kv-cache-memory all ranks together take this share of the memory that is free after loading, but no more
+# than this many bytes, or than what the process with its weights takes if that is more: freed blocks are kept for
+# prompts that begin alike, so a cache fills all the memory that it may, and a small model has no use for 6 GB
 FREE_MEMORY_SHARE = 0.25
+SMALL_CACHE_BYTES = 2**30
 _WARM_UP_TOKENS = 16
 # A step is hundreds of parallel regions a few microseconds apart. Threads that sleep between them cost a wake-up
 # each time: 64 decodes of a 135M model on two cores took 297 ms asleep, 209 ms at 1,000 spins, 145 ms at this
@@ -106,6 +110,12 @@ class CpuPlatform(Platform):
 
         return fuse_step(model, comm, dtype)
 
+    def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler | None:
+        """A C kernel for bfloat16 on one rank, which needs the logits in no other form."""
+        from nanovllm_dist.workers.platform.cpu_sampler import cpu_sampler
+
+        return cpu_sampler(comm, head)
+
     def transfers(self, config: EngineConfig) -> Transfers:
         """There is nothing to transfer."""
         from nanovllm_dist.workers.transfers import DirectTransfers
@@ -117,10 +127,15 @@ class CpuPlatform(Platform):
         return min(_WARM_UP_TOKENS, config.max_num_batched_tokens)
 
     def cache_bytes(self, config: EngineConfig) -> int:
-        """`kv_cache_memory` of each rank, or its part of a quarter of the free memory."""
+        """`kv_cache_memory` of each rank, or its part of a quarter of the free memory: at most 1 GiB of all ranks, or
+        as much as the process has by now, whichever is more."""
         if config.kv_cache_memory:
             return config.kv_cache_memory
-        return int(_available_memory() * FREE_MEMORY_SHARE) // config.tensor_parallel_size
+        import psutil
+
+        ranks = config.tensor_parallel_size
+        enough = max(SMALL_CACHE_BYTES // ranks, int(psutil.Process().memory_info().rss))
+        return min(int(_available_memory() * FREE_MEMORY_SHARE) // ranks, enough)
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""

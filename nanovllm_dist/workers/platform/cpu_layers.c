@@ -1,8 +1,7 @@
 /* The operations of a decoder layer in bfloat16, for CPUs, each in one pass over memory: a product,
    residual and norm, rotation with the cache write, the gated activation. They know shapes and pointers, nothing else.
 
-   bfloat16 is uint16_t here; cpu_decode.c, which cpu_step.c includes before this file, converts it. Values are rounded
-   where a chain of torch's operators would round them. */
+   bfloat16 is uint16_t here. Values are rounded where a chain of torch's operators would round them. */
 
 #include <math.h>
 #include <omp.h>
@@ -15,10 +14,25 @@
 #define PANEL 64  /* outputs of a weight that lie together, in pairs of inputs: [inputs / 2, PANEL, 2] */
 #define LANES 16  /* outputs of one vector */
 #define TILE_ROWS 6 /* with four vectors of outputs, as many sums as there are registers for */
+#define LINE 32   /* elements of a cache line */
 #define SERIAL 4096 /* elements that one thread has done before a second one is awake */
 
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
+
+static inline float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) { /* round to nearest even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN, which -ffast-math does not compare */
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
 /* ---- products -------------------------------------------------------------------------------------------------- */
 
@@ -32,18 +46,21 @@ static inline floats dot(floats sum, const uint16_t *weight, uint32_t pair) {
 #endif
 }
 
+/* `ahead`: as many cache lines as there are pairs of inputs, which a later tile will read. */
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const uint16_t *input,
                                                        int inputs, const uint16_t *weight, const uint16_t *bias,
-                                                       uint16_t *output, int outputs) {
+                                                       uint16_t *output, int outputs, const uint16_t *ahead) {
     floats sum[TILE_ROWS][PANEL / LANES];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = (floats){0};
-    for (int k = 0; k < inputs; k += 2, weight += 2 * PANEL)
+    for (int k = 0; k < inputs; k += 2, weight += 2 * PANEL, ahead += LINE) {
+        __builtin_prefetch(ahead, 0, 2);
         for (int r = 0; r < rows; r++) {
             uint32_t pair;
             memcpy(&pair, input + (int64_t)r * inputs + k, 4);
             for (int v = 0; v < vectors; v++) sum[r][v] = dot(sum[r][v], weight + 2 * LANES * v, pair);
         }
+    }
     for (int r = 0; r < rows; r++) {
         float flat[PANEL];
         memcpy(flat, sum[r], vectors * sizeof(floats));
@@ -55,13 +72,14 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 
 #define TILES(ROWS)                                                       \
     case ROWS:                                                            \
-        if (whole) tile(ROWS, 4, x, inputs, at, biased, target, outputs); \
-        else tile(ROWS, 2, x, inputs, at, biased, target, outputs);       \
+        if (whole) tile(ROWS, 4, x, inputs, at, biased, target, outputs, ahead); \
+        else tile(ROWS, 2, x, inputs, at, biased, target, outputs, ahead);       \
         break;
 
-/* Outputs [half, end) of `panel_linear`, counted in half panels. */
+/* Outputs [half, end) of `panel_linear`, counted in half panels. `next`: panels from one to that which this thread is
+   likely to have next. */
 static void some_outputs(const uint16_t *input, const uint16_t *weight, const uint16_t *bias, uint16_t *output,
-                         int rows, int inputs, int outputs, int half, int end) {
+                         int rows, int inputs, int outputs, int half, int end, int next) {
     const int64_t panel = (int64_t)((inputs + 31) / 32 * 32) * PANEL;
     while (half < end) { /* whole panels where that is possible */
         int whole = half % 2 == 0 && half + 2 <= end;
@@ -71,6 +89,10 @@ static void some_outputs(const uint16_t *input, const uint16_t *weight, const ui
         for (int row = 0; row < rows; row += TILE_ROWS) {
             const uint16_t *x = input + (int64_t)row * inputs;
             uint16_t *target = output + (int64_t)row * outputs + first;
+            /* With many rows the first tiles fetch the next panel, which else would come while nothing is computed;
+               with few all waits for memory anyway, and the tile's own lines come first. */
+            const uint16_t *ahead = at;
+            if (rows > 2 * TILE_ROWS) ahead += next * panel + row / TILE_ROWS * LINE * (inputs / 2);
             switch (rows - row) {
                 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5)
                 default:
@@ -78,6 +100,19 @@ static void some_outputs(const uint16_t *input, const uint16_t *weight, const ui
             }
         }
         half += whole ? 2 : 1;
+    }
+}
+
+/* All outputs, shared by the threads of the region it is called in as each is ready for more: on a machine that is not
+   theirs alone equal shares end apart. Half panels come last. None waits at the end. */
+static void share_outputs(const uint16_t *input, const uint16_t *weight, const uint16_t *bias, uint16_t *output,
+                          int rows, int inputs, int outputs) {
+    const int threads = omp_get_num_threads(), halves = outputs / (PANEL / 2);
+    const int whole = halves / 2 > threads ? halves / 2 - threads : 0;
+#pragma omp for schedule(dynamic) nowait
+    for (int each = 0; each < halves - whole; each++) {
+        const int half = each < whole ? 2 * each : whole + each;
+        some_outputs(input, weight, bias, output, rows, inputs, outputs, half, half + (each < whole ? 2 : 1), threads);
     }
 }
 
@@ -89,8 +124,10 @@ void panel_linear(const uint16_t *input, const uint16_t *weight, const uint16_t 
 #pragma omp parallel
     {
         int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        some_outputs(input, weight, bias, output, rows, inputs, outputs, (int)(halves * thread / threads),
-                     (int)(halves * (thread + 1) / threads));
+        if (rows > 2 * TILE_ROWS) share_outputs(input, weight, bias, output, rows, inputs, outputs);
+        else
+            some_outputs(input, weight, bias, output, rows, inputs, outputs, (int)(halves * thread / threads),
+                         (int)(halves * (thread + 1) / threads), 1);
     }
 }
 
@@ -157,14 +194,12 @@ static inline void turn(uint16_t *restrict head, const uint16_t *weight, const f
         head[half + i] = to_bf16(from_bf16(high[i]) * cos[half + i] + from_bf16(low[i]) * sin[half + i]);
 }
 
-/* qkv [tokens, heads + 2 * kv_heads, dim], queries and keys normed (weight [heads + kv_heads, dim] or null) and
-   rotated (cos, sin [tokens, dim]) in place; keys and values also go to the caches' rows of kv_heads * dim elements
-   at `slots` [tokens]. */
-void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
-                      uint16_t *keys, uint16_t *values, int tokens, int heads, int kv_heads, int dim, float eps) {
+/* Tokens [from, to) of `rotate_and_store`. */
+static void rotate_rows(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
+                        uint16_t *keys, uint16_t *values, int from, int to, int heads, int kv_heads, int dim,
+                        float eps) {
     const int64_t row = (int64_t)(heads + 2 * kv_heads) * dim, cached = (int64_t)kv_heads * dim;
-#pragma omp parallel for if (tokens * row > SERIAL)
-    for (int token = 0; token < tokens; token++) {
+    for (int token = from; token < to; token++) {
         uint16_t *start = qkv + token * row;
         for (int head = 0; head < heads + kv_heads; head++) {
             const uint16_t *normed = weight ? weight + (int64_t)head * dim : 0;
@@ -173,6 +208,17 @@ void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, c
         memcpy(keys + slots[token] * cached, start + (int64_t)heads * dim, cached * sizeof *keys);
         memcpy(values + slots[token] * cached, start + (int64_t)(heads + kv_heads) * dim, cached * sizeof *values);
     }
+}
+
+/* qkv [tokens, heads + 2 * kv_heads, dim], queries and keys normed (weight [heads + kv_heads, dim] or null) and
+   rotated (cos, sin [tokens, dim]) in place; keys and values also go to the caches' rows of kv_heads * dim elements
+   at `slots` [tokens]. */
+void rotate_and_store(uint16_t *qkv, const uint16_t *weight, const float *cos, const float *sin, const int64_t *slots,
+                      uint16_t *keys, uint16_t *values, int tokens, int heads, int kv_heads, int dim, float eps) {
+    const int64_t row = (int64_t)(heads + 2 * kv_heads) * dim;
+#pragma omp parallel for if (tokens * row > SERIAL)
+    for (int token = 0; token < tokens; token++)
+        rotate_rows(qkv, weight, cos, sin, slots, keys, values, token, token + 1, heads, kv_heads, dim, eps);
 }
 
 /* ---- activation ------------------------------------------------------------------------------------------------ */

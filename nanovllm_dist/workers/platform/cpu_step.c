@@ -1,14 +1,21 @@
-/* All layers of a decoder for a step of few decodes, in bfloat16: one parallel region from embeddings to the final norm.
+/* All layers of a decoder for a step of few decodes, in bfloat16: one parallel region from embeddings to the final
+   norm.
 
    A step of one row is a few hundred small operations; here the threads meet five times a layer and nothing is called
    in between. Every thread keeps the residual and the norms for itself, which is quicker than to wait for another's.
    The other kernels are part of this file, so that they are one library. */
 
-#include "cpu_decode.c"
 #include "cpu_layers.c"
+#include "cpu_prefill.c"
+#include "cpu_dot.c"
+#include "cpu_decode.c"
 
 typedef void task(const uint16_t *, const uint16_t *, const uint16_t *, const int32_t *, int, uint16_t *, int, int, int,
                   int, float);
+
+/* The share of a thread: [FROM, TO) */
+#define FROM(COUNT) ((int)((int64_t)(COUNT) * thread / threads))
+#define TO(COUNT) ((int)((int64_t)(COUNT) * (thread + 1) / threads))
 
 /* One layer. Weights as `panel_linear` reads them, biases and qk_norm [heads + kv_heads, dim] or null; caches
    [blocks, block_size, kv_heads, dim]. */
@@ -81,10 +88,8 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
         const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
         uint16_t total[rows * hidden], normed[rows * hidden];
         memcpy(total, now->input, sizeof total);
-#define FROM(COUNT) ((int)((int64_t)(COUNT) * thread / threads))
-#define TO(COUNT) ((int)((int64_t)(COUNT) * (thread + 1) / threads))
 #define SHARED(IN, WEIGHT, BIAS, OUT, INPUTS, OUTPUTS) \
-    some_outputs(IN, WEIGHT, BIAS, OUT, rows, INPUTS, OUTPUTS, FROM((OUTPUTS) / 32), TO((OUTPUTS) / 32))
+    some_outputs(IN, WEIGHT, BIAS, OUT, rows, INPUTS, OUTPUTS, FROM((OUTPUTS) / 32), TO((OUTPUTS) / 32), 1)
         for (int index = 0; index < of->layers; index++) {
             const layer *at = layers + index;
             add_norm(total, index ? passed : 0, at->input_norm, normed, rows, hidden, of->eps);
@@ -97,9 +102,9 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
 #pragma omp barrier
             add_norm(total, attended, at->mlp_norm, normed, rows, hidden, of->eps);
             const int from = FROM(middle / 32), to = TO(middle / 32), units = middle / 32;
-            some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, from, to);
+            some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, from, to, 1);
             some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, units + from,
-                         units + to);
+                         units + to, 1);
             for (int row = 0; row < rows; row++) {
                 const uint16_t *gate = gates + 2 * row * middle + from * 32;
                 activate(gate, gate + middle, active + row * middle + from * 32, (to - from) * 32);
@@ -112,3 +117,6 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
         if (thread == 0) memcpy(now->output, normed, sizeof normed);
     }
 }
+
+#include "cpu_batch.c"
+#include "cpu_sampler.c"

@@ -1,14 +1,14 @@
-"""All layers of a decoder as one C call, for steps of few decodes in bfloat16 on one rank.
+"""All layers of a decoder as one C call, in bfloat16 on one rank.
 
 Between two products of a decode of one row Python and torch take as long as the product itself: SmolLM2-135M on two
-cores decodes 65 tokens/s with a call for each operation. It knows the plain decoder layer and no other.
+cores decodes 65 tokens/s with a call for each operation. Few decodes run in a way of their own (cpu_step.c), all other
+steps in cpu_batch.c. It knows the plain decoder layer and no other.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -22,8 +22,8 @@ from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
 from nanovllm_dist.workers.platform.cpu_layers import OUTPUTS_UNIT, PanelLinear
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
-# Rows of a step: with more, threads that each compute all norms waste what they save in waiting
-MAX_ROWS = 8
+# Rows of a step of few decodes: with more, threads that each compute all norms waste what they save in waiting
+FEW_ROWS = 8
 
 
 class _Layer(ctypes.Structure):
@@ -51,11 +51,24 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("input", "cos", "sin", "slots", "tables", "lengths", "starts")),
+        *((name, _POINTER) for name in ("output", "space")),
+        ("table_stride", ctypes.c_int64),
+        *((name, _INT) for name in ("tokens", "rows", "decodes")),
+    ]
+
+
 class CpuStep:
     """The decoder's layers and final norm; see `FusedLayers`. The weights must stay where they are."""
 
-    def __init__(self, model: DecoderLM, run: Any) -> None:
-        self._run = run
+    def __init__(self, model: DecoderLM, library: ctypes.CDLL) -> None:
+        self._run_few, self._run, self._space_of = library.decode_step, library.batch_step, library.batch_space
+        for run in (self._run_few, self._run):
+            run.argtypes, run.restype = [_POINTER] * 4, None
+        self._space_of.argtypes, self._space_of.restype = [_POINTER, ctypes.c_int64], ctypes.c_int64
+        self._space = torch.empty(0, dtype=torch.bfloat16)
         self._final = model.norm.weight
         self._layers = (_Layer * model.num_layers)(*map(_pointers, model.layers))
         first = model.layers[0]
@@ -73,8 +86,8 @@ class CpuStep:
         self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def takes(self, batch: AttentionBatch) -> bool:
-        """Whether the step has no more than a few rows, and all of them are decodes."""
-        return 0 < batch.num_decodes == len(batch.host_query_lens) <= MAX_ROWS
+        """Whether there is anything to run: any rows do."""
+        return bool(batch.host_query_lens)
 
     def __call__(self, hidden: torch.Tensor, batch: AttentionBatch, plan: TorchPlan) -> torch.Tensor:
         """Embeddings [T, hidden] -> hidden states [T, hidden] after the final norm."""
@@ -82,7 +95,15 @@ class CpuStep:
             self._use(batch.kv_caches)
         hidden = hidden.contiguous()
         output = torch.empty_like(hidden)
-        step = _Step(
+        rows = len(batch.host_query_lens)
+        few = batch.num_decodes == rows <= FEW_ROWS
+        run, step = (self._run_few, self._few) if few else (self._run, self._batch)
+        now = step(hidden, output, batch, plan)
+        run(self._layers, ctypes.byref(self._shape), self._final.data_ptr(), ctypes.byref(now))
+        return output
+
+    def _few(self, hidden: torch.Tensor, output: torch.Tensor, batch: AttentionBatch, plan: TorchPlan) -> _Step:
+        return _Step(
             hidden.data_ptr(),
             plan.rotation.cos.data_ptr(),
             plan.rotation.sin.data_ptr(),
@@ -93,8 +114,26 @@ class CpuStep:
             batch.block_tables.stride(0),
             len(hidden),
         )
-        self._run(self._layers, ctypes.byref(self._shape), self._final.data_ptr(), ctypes.byref(step))
-        return output
+
+    def _batch(self, hidden: torch.Tensor, output: torch.Tensor, batch: AttentionBatch, plan: TorchPlan) -> _Batch:
+        size = self._space_of(ctypes.byref(self._shape), len(hidden))
+        if len(self._space) < size:
+            self._space = torch.empty(size, dtype=torch.bfloat16)
+        return _Batch(
+            hidden.data_ptr(),
+            plan.rotation.cos.data_ptr(),
+            plan.rotation.sin.data_ptr(),
+            batch.slot_mapping.data_ptr(),
+            batch.block_tables.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.query_start.data_ptr(),
+            output.data_ptr(),
+            self._space.data_ptr(),
+            batch.block_tables.stride(0),
+            len(hidden),
+            len(batch.host_query_lens),
+            batch.num_decodes,
+        )
 
     def _use(self, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for layer, (keys, values) in zip(self._layers, caches, strict=True):
@@ -108,9 +147,7 @@ def fuse_step(model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> CpuSt
     library = kernel_library() if dtype == torch.bfloat16 and comm.world_size == 1 else None
     if library is None or not _is_plain(model.layers):
         return None
-    run = library.decode_step
-    run.argtypes, run.restype = [_POINTER] * 4, None
-    return CpuStep(model, run)
+    return CpuStep(model, library)
 
 
 def _is_plain(layers: Sequence[DecoderLayer]) -> bool:
