@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,30 @@ def test_a_fused_step_is_no_further_from_float32_than_torch_in_bfloat16(name: st
     assert (theirs - reference).norm() < 0.1 * reference.norm()
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_row_of_a_fused_step_reads_what_another_row_writes_in_it(two_threads: None, tmp_path: Path) -> None:
+    """The same prompt twice: one row computes its last token, the other has found it in the cache and runs it again."""
+    model = make_model("one_kv_head", tmp_path, native())
+    batch = decodes(model, [8, 8])
+    batch.block_tables[1] = batch.block_tables[0]
+    batch.slot_mapping[1] = 0
+    position = torch.tensor([7, 7])
+    model.fused = fuse_step(model, SingleRank(), BF16)
+    written = int(batch.slot_mapping[0])
+    for _ in range(300):
+        for keys, values in batch.kv_caches:
+            keys.view(-1, 1, 64)[written] = values.view(-1, 1, 64)[written] = 100
+        first, second = model.forward(torch.tensor([5, 5]), position, batch)
+        assert torch.equal(first, second)
+
+
 def mixed(model: DecoderLM, prefills: list[tuple[int, int]], lengths: list[int]) -> AttentionBatch:
     """Decodes of these lengths, then prefill rows of (tokens, keys before them)."""
     batch = decodes(model, [*lengths, *(new + old for new, old in prefills)])
@@ -243,3 +268,17 @@ def test_without_a_compiler_torch_does_everything(monkeypatch: pytest.MonkeyPatc
         assert type(cpu_layers(CpuAttention(64, BF16), BF16)) is TorchLayers
     finally:
         cpu_kernels.kernel_library.cache_clear()
+
+
+def test_code_is_not_loaded_from_where_others_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o770)
+    cpu_kernels.kernel_library.cache_clear()
+    try:
+        assert cpu_kernels.kernel_library() is None
+    finally:
+        cpu_kernels.kernel_library.cache_clear()
+    assert "code is not loaded from it" in caplog.text

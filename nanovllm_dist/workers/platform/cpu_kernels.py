@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -73,8 +74,9 @@ def _directory() -> Path:
     root = os.environ.get("NANOVLLM_CACHE") or Path.home() / ".cache" / "nanovllm_dist"
     directory = Path(root) / "kernels"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise PermissionError(f"{directory} belongs to another user: code is not loaded from it")
+    status = directory.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{directory} is or may be written by another user: code is not loaded from it")
     return directory
 
 

@@ -1,7 +1,7 @@
 /* All layers of a decoder for a step of few decodes, in bfloat16: one parallel region from embeddings to the final
    norm.
 
-   A step of one row is a few hundred small operations; here the threads meet five times a layer and nothing is called
+   A step of one row is a few hundred small operations; here the threads meet five or six times a layer and nothing is called
    in between. Every thread keeps the residual and the norms for itself, which is quicker than to wait for another's.
    The other kernels are part of this file, so that they are one library. */
 
@@ -50,22 +50,32 @@ static task *task_of(int dim) {
     return 0;
 }
 
-/* One key/value head of one row and the query heads of its group: norm, rotation, cache, attention. */
-static void attend(const layer *at, const shape *of, const step *now, uint16_t *qkv, uint16_t *context, int row,
-                   int head) {
+static uint16_t *queries_of(const shape *of, uint16_t *qkv, int row, int head) {
+    return qkv + ((int64_t)row * (of->heads + 2 * of->kv_heads) + head * (of->heads / of->kv_heads)) * of->dim;
+}
+
+/* One key/value head of one row and the query heads of its group: norm, rotation, cache. */
+static void store(const layer *at, const shape *of, const step *now, uint16_t *qkv, int row, int head) {
     const int dim = of->dim, group = of->heads / of->kv_heads, first = head * group;
     const float *cos = now->cos + (int64_t)row * dim, *sin = now->sin + (int64_t)row * dim;
     const int64_t slot = (now->slots[row] * of->kv_heads + head) * dim;
-    uint16_t *queries = qkv + ((int64_t)row * (of->heads + 2 * of->kv_heads) + first) * dim;
+    uint16_t *queries = queries_of(of, qkv, row, head);
     uint16_t *key = queries + (int64_t)(of->heads - first + head) * dim, *value = key + (int64_t)of->kv_heads * dim;
     for (int g = 0; g < group; g++)
         turn(queries + g * dim, at->qk_norm ? at->qk_norm + (first + g) * dim : 0, cos, sin, dim, of->qk_eps);
     turn(key, at->qk_norm ? at->qk_norm + (of->heads + head) * dim : 0, cos, sin, dim, of->qk_eps);
     memcpy(at->keys + slot, key, dim * sizeof *key);
     memcpy(at->values + slot, value, dim * sizeof *value);
-    task_of(dim)(queries, at->keys + head * dim, at->values + head * dim, now->tables + row * now->table_stride,
-                 now->lengths[row], context + ((int64_t)row * of->heads + first) * dim, of->kv_heads, 1, group,
-                 of->block_size, 1.0f / sqrtf((float)dim));
+}
+
+/* Attention of that group, when all rows are stored: a row may share a block that another has just filled. */
+static void attend(const layer *at, const shape *of, const step *now, uint16_t *qkv, uint16_t *context, int row,
+                   int head) {
+    const int dim = of->dim, group = of->heads / of->kv_heads;
+    task_of(dim)(queries_of(of, qkv, row, head), at->keys + head * dim, at->values + head * dim,
+                 now->tables + row * now->table_stride, now->lengths[row],
+                 context + ((int64_t)row * of->heads + head * group) * dim, of->kv_heads, 1, group, of->block_size,
+                 1.0f / sqrtf((float)dim));
 }
 
 /* total += delta (unless null), normed = norm(total) * weight. */
@@ -95,6 +105,11 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
             add_norm(total, index ? passed : 0, at->input_norm, normed, rows, hidden, of->eps);
             SHARED(normed, at->qkv, at->qkv_bias, qkv, hidden, packed);
 #pragma omp barrier
+            for (int each = thread; each < rows * of->kv_heads; each += threads)
+                store(at, of, now, qkv, each / of->kv_heads, each % of->kv_heads);
+            if (rows > 1) {
+#pragma omp barrier
+            }
             for (int each = thread; each < rows * of->kv_heads; each += threads)
                 attend(at, of, now, qkv, context, each / of->kv_heads, each % of->kv_heads);
 #pragma omp barrier
