@@ -30,6 +30,7 @@ from nanovllm_dist.scheduler.request import Request
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
+from nanovllm_dist.scheduler.step_deadline import StepDeadline
 from nanovllm_dist.scheduler.step_trace import StepTrace
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Server
@@ -62,6 +63,7 @@ class Coordinator:
         self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
         self._clock = StepClock()
+        self._deadline = StepDeadline(spec.config.step_timeout)
         self._trace: StepTrace | None = None
         self._seeds = random.Random(spec.config.seed)
         self._rendezvous = ""
@@ -115,6 +117,7 @@ class Coordinator:
         self._send_outputs()
         if self._trace is not None:
             self._watch_trace(self._trace)
+        self._watch_steps()
         self._ping_workers()
 
     def _plan_steps(self) -> None:
@@ -375,6 +378,18 @@ class Coordinator:
     def _to_worker(self, rank: int, frame: bytes) -> None:
         if not self._workers.send(self._identities[rank], frame):
             self._fail(wire.ErrorInfo.of(EngineDeadError(f"rank {rank} is gone: its process died or was cut off")))
+
+    def _watch_steps(self) -> None:
+        """End the engine when a step does not: ranks that stand still hold every request and say nothing."""
+        plan = self._scheduler.oldest_in_flight if self._scheduler is not None else None
+        if self._deadline.passed(time.monotonic(), None if plan is None else plan.step) and plan is not None:
+            last = len(self._startup.ranks) - 1
+            ranks = f"ranks 0 to {last} have" if last else "rank 0 has"  # in lockstep: one holds up all of them
+            error = EngineDeadError(
+                f"{ranks} not answered step {plan.step} within {self.config.step_timeout:g} s: a process stands still, "
+                "or the device is stuck; where steps may take longer raise --step-timeout (step_timeout, 0 for ever)"
+            )
+            self._fail(wire.ErrorInfo.of(error))
 
     def _ping_workers(self) -> None:
         now = time.monotonic()

@@ -319,6 +319,22 @@ def test_when_a_rank_is_lost_every_request_ends_with_an_error_within_seconds(tmp
     engine.stop()
 
 
+def test_when_a_step_does_not_end_every_request_ends_with_an_error_that_says_so(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, step_timeout=0.5)
+    connection = engine.connect()
+    engine.ranks[0].step_seconds = 3.0
+    sinks = [submit(connection, [index], max_tokens=None)[1] for index in range(12)]
+    for sink in sinks:
+        end = sink.wait()
+        error = end.error.to_exception() if isinstance(end, wire.Finished) and end.error else end
+        assert isinstance(error, EngineDeadError)
+        assert "rank 0 has not answered step 0 within 0.5 s" in str(error)
+        assert len(sink.ends) == 1
+    engine.thread.join(10)
+    assert engine.exit_code == 1
+    engine.stop()
+
+
 def test_a_failing_rank_during_start_reports_its_error(tmp_path: Path) -> None:
     spec = wire.CoordinatorSpec(
         config=make_config(), client_endpoint=f"ipc://{tmp_path}/c", worker_endpoint=f"ipc://{tmp_path}/w"
