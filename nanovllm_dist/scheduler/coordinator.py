@@ -21,12 +21,12 @@ import msgspec
 import zmq
 
 from nanovllm_dist import __version__
-from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
+from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
-from nanovllm_dist.sampling_params import MAX_LIST
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.plan import Committed
 from nanovllm_dist.scheduler.request import Request
+from nanovllm_dist.scheduler.request_limits import check_limits
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
@@ -40,7 +40,6 @@ log = logging.getLogger("coordinator")
 _POLL_MS = 200
 _PING_SECONDS = 1.0
 _EPOCH = 0
-_MAX_BAD_WORD_TOKENS = 128
 _MAX_WATCHERS = 1024
 # Clients that never pause must not keep steps and results waiting
 _FRAMES_PER_TURN = 256
@@ -229,7 +228,7 @@ class Coordinator:
                 cache_salt=message.cache_salt,
                 bad_words=message.bad_words,
             )
-            _check_bad_words(message.bad_words)
+            check_limits(message)
             self._scheduler.add(request)
         except NanoVLLMError as error:
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
@@ -427,14 +426,6 @@ class Coordinator:
                 self._scheduler.abort(request.key, reason)
                 self._outbox.finished(request, time.monotonic(), error)
         self._outbox.send(self._clients.send)
-
-
-def _check_bad_words(bad_words: list[bytes]) -> None:
-    if len(bad_words) > 2 * MAX_LIST:  # each word may begin with a space or not
-        raise InvalidRequestError(f"bad_words: {len(bad_words)} sequences are more than {2 * MAX_LIST}")
-    for word in bad_words:
-        if not 0 < len(word) <= 4 * _MAX_BAD_WORD_TOKENS or len(word) % 4:
-            raise InvalidRequestError(f"bad_words: a sequence has 1 to {_MAX_BAD_WORD_TOKENS} token ids of 4 bytes")
 
 
 def main() -> int:

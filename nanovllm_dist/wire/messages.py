@@ -197,7 +197,10 @@ class PromptLogprobs(_Part, frozen=True):
 
 class Outputs(_Message, frozen=True):
     """What one step gave the requests of one client: parallel packed arrays `ids`, `tokens` (one token each),
-    then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs)."""
+    then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs).
+
+    What is too large for one frame comes in several, a request's end in none before its tokens and log-probabilities.
+    """
 
     ids: bytes
     tokens: bytes

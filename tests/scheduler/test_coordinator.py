@@ -21,6 +21,7 @@ from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidReq
 from nanovllm_dist.models.config import ModelConfig, parse_model_config
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.scheduler.coordinator import Coordinator
+from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
 
@@ -395,6 +396,16 @@ def test_512_requests_through_two_clients_on_a_tenth_of_the_cache_end_exactly_on
     assert sum(stats.finished.values()) == 512
     assert all(len(sink.ends) == 1 for *_rest, sink in live)
     engine.stop()
+
+
+def test_outputs_that_are_cut_into_many_frames_lose_nothing(engine: Engine) -> None:
+    engine.coordinator._outbox = Outbox(frame_limit=400)
+    connection = engine.connect()
+    sinks = [([index], submit(connection, [index], max_tokens=9)[1]) for index in range(40)]
+    for prompt, sink in sinks:
+        sink.wait()
+        assert sink.tokens == output_of(prompt, 9)
+        assert len(sink.ends) == 1
 
 
 @pytest.mark.parametrize("request_id", [-1, 2**31, 2**40])
