@@ -218,6 +218,7 @@ class Coordinator:
             raise WireError(f"request id {message.id} is already running")
         params = message.params
         try:
+            check_limits(message)
             request = Request(
                 key=(client, message.id),
                 tokens=array("i", wire.unpack_ints(message.prompt)),
@@ -228,7 +229,6 @@ class Coordinator:
                 cache_salt=message.cache_salt,
                 bad_words=message.bad_words,
             )
-            check_limits(message)
             self._scheduler.add(request)
         except NanoVLLMError as error:
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))

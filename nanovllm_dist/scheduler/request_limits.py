@@ -8,9 +8,11 @@ from __future__ import annotations
 from nanovllm_dist.errors import InvalidRequestError
 from nanovllm_dist.sampling_params import MAX_LIST
 from nanovllm_dist.scheduler.outbox import bytes_of_prompt_logprobs
-from nanovllm_dist.wire.messages import RESULT_FRAME_LIMIT, AddRequest
+from nanovllm_dist.wire.messages import CACHE_SALT_LIMIT, RESULT_FRAME_LIMIT, AddRequest
 
 _MAX_BAD_WORD_TOKENS = 128
+# Workers pad sequences to the longest and look for all of them in each step: half a millisecond for so many places
+_MAX_BAD_WORD_PLACES = 2**17
 
 
 def check_limits(message: AddRequest, frame_limit: int = RESULT_FRAME_LIMIT) -> None:
@@ -18,6 +20,9 @@ def check_limits(message: AddRequest, frame_limit: int = RESULT_FRAME_LIMIT) -> 
 
     `frame_limit`: bytes of one frame to a client, in which the log-probabilities of a whole prompt must fit.
     """
+    salt = len(message.cache_salt.encode())
+    if salt > CACHE_SALT_LIMIT:
+        raise InvalidRequestError(f"cache_salt: {salt} bytes are more than {CACHE_SALT_LIMIT}: use a name or a hash")
     _check_bad_words(message.bad_words)
     _check_prompt_logprobs(len(message.prompt) // 4, message.params.prompt_logprobs, frame_limit)
 
@@ -28,6 +33,12 @@ def _check_bad_words(bad_words: list[bytes]) -> None:
     for word in bad_words:
         if not 0 < len(word) <= 4 * _MAX_BAD_WORD_TOKENS or len(word) % 4:
             raise InvalidRequestError(f"bad_words: a sequence has 1 to {_MAX_BAD_WORD_TOKENS} token ids of 4 bytes")
+    longest = max(map(len, bad_words), default=0) // 4
+    if len(bad_words) * longest > _MAX_BAD_WORD_PLACES:
+        raise InvalidRequestError(
+            f"bad_words: {len(bad_words)} sequences of up to {longest} tokens take {len(bad_words) * longest} places, "
+            f"more than {_MAX_BAD_WORD_PLACES}: use fewer, or shorter ones (each word counts with and without a space)"
+        )
 
 
 def _check_prompt_logprobs(prompt_len: int, count: int | None, frame_limit: int) -> None:
