@@ -89,6 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require(0 <= self.port < 65536, "port", self.port, "between 0 and 65535")
         _require(self.startup_timeout > 0, "startup_timeout", self.startup_timeout, "positive seconds")
         _require(0 <= self.step_timeout < math.inf, "step_timeout", self.step_timeout, "0 (none) or positive seconds")
+        _require(self.num_blocks != 1, "num_blocks", self.num_blocks, "0 (automatic) or at least 2: one is for padding")
         if self.num_blocks and self.kv_cache_memory:
             raise ConfigError("num_blocks and kv_cache_memory both size the KV cache: give one of them")
         if self.ray_address and self.launcher == "local":
