@@ -22,7 +22,7 @@ CLIENT_FRAME_LIMIT = 16 * 2**20
 RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
 TRACE_LIMIT = 10_000  # steps of one trace
-CACHE_SALT_LIMIT = 256  # bytes; it is hashed whenever a waiting request is looked at
+CACHE_SALT_LIMIT = 256  # bytes of UTF-8; it is hashed whenever a waiting request is looked at
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -98,8 +98,7 @@ class Hello(_Message, frozen=True):
 class AddRequest(_Message, frozen=True):
     """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only.
 
-    `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier; `cache_salt`
-    takes at most CACHE_SALT_LIMIT bytes as UTF-8.
+    `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
     """
 
     id: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -200,9 +199,7 @@ class PromptLogprobs(_Part, frozen=True):
 class Outputs(_Message, frozen=True):
     """What one step gave the requests of one client: parallel packed arrays `ids`, `tokens` (one token each),
     then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs).
-
-    What is too large for one frame comes in several, a request's end in none before its tokens and log-probabilities.
-    """
+    What is too large for one frame comes in several, in order: a request's end is never before what belongs to it."""
 
     ids: bytes
     tokens: bytes
