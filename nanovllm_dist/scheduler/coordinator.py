@@ -23,6 +23,7 @@ import zmq
 from nanovllm_dist import __version__
 from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
+from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.plan import Committed
 from nanovllm_dist.scheduler.request import Request
@@ -43,6 +44,8 @@ _EPOCH = 0
 _MAX_WATCHERS = 1024
 # Clients that never pause must not keep steps and results waiting
 _FRAMES_PER_TURN = 256
+_WARNINGS_AT_ONCE = 10
+_WARNING_SECONDS = 10.0
 
 
 class Coordinator:
@@ -63,6 +66,7 @@ class Coordinator:
         self._outbox = Outbox()
         self._clock = StepClock()
         self._deadline = StepDeadline(spec.config.step_timeout)
+        self._warnings = LogLimit(_WARNINGS_AT_ONCE, _WARNING_SECONDS)
         self._trace: StepTrace | None = None
         self._seeds = random.Random(spec.config.seed)
         self._rendezvous = ""
@@ -166,7 +170,7 @@ class Coordinator:
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
-            log.warning("client %s: %s", client.hex(), error)
+            self._warn(f"client {client.hex()}: {error}")
             self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
     def _hello(self, client: bytes, message: wire.Hello) -> None:
@@ -283,7 +287,7 @@ class Coordinator:
         answered = time.monotonic()
         rank = self._rank_of(identity)
         if rank is None:
-            log.warning("a frame from an unknown worker %s was dropped", identity.hex())
+            self._warn(f"a frame from an unknown worker {identity.hex()} was dropped")
             return
         try:
             message = wire.decode_from_worker(frame)
@@ -297,7 +301,7 @@ class Coordinator:
             else:
                 self._start(rank, message)
         except WireError as error:
-            log.warning("rank %d: %s", rank, error)
+            self._warn(f"rank {rank}: {error}")
 
     def _rank_of(self, identity: bytes) -> int | None:
         return self._identities.index(identity) if identity in self._identities else None
@@ -356,7 +360,7 @@ class Coordinator:
         scheduler = self._scheduler
         plan = scheduler.oldest_in_flight if scheduler is not None else None
         if scheduler is None or plan is None or (result.epoch, result.step) != (_EPOCH, plan.step):
-            log.warning("the result of step %d of epoch %d was not expected", result.step, result.epoch)
+            self._warn(f"the result of step {result.step} of epoch {result.epoch} was not expected")
             return
         self._last_step = now
         logprobs: dict[int, wire.TokenLogprobs] = {}
@@ -399,6 +403,12 @@ class Coordinator:
         for rank, state in enumerate(self._startup.ranks):
             if state.said_hello:
                 self._to_worker(rank, frame)
+
+    def _warn(self, text: str) -> None:
+        """Log what a peer did wrong, and could do without end."""
+        left_out = self._warnings.take(time.monotonic())
+        if left_out is not None:
+            log.warning("%s%s", text, f" ({left_out} warnings before it were left out)" if left_out else "")
 
     # --- the end -------------------------------------------------------------------------------------------
 

@@ -238,6 +238,18 @@ def test_a_garbage_frame_harms_nobody(engine: Engine, frame: bytes, door: str) -
     assert running.tokens == output_of([5], 30)
 
 
+def test_garbage_without_end_does_not_fill_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = Channel(context, engine.address, wire.CLIENT_FRAME_LIMIT, None)
+    for _ in range(500):
+        stranger.send(b"garbage")
+    answers = [stranger.receive(5) for _ in range(500)]
+    stranger.close()
+    context.term()
+    assert all(answers)
+    assert 0 < len([record for record in caplog.records if record.name == "coordinator"]) <= 20
+
+
 @pytest.mark.parametrize("door", ["clients", "workers"])
 def test_an_oversized_frame_harms_nobody(engine: Engine, door: str) -> None:
     connection = engine.connect()
@@ -323,7 +335,7 @@ def test_when_a_rank_is_lost_every_request_ends_with_an_error_within_seconds(tmp
 def test_when_a_step_does_not_end_every_request_ends_with_an_error_that_says_so(tmp_path: Path) -> None:
     engine = Engine(tmp_path, step_timeout=0.5)
     connection = engine.connect()
-    engine.ranks[0].step_seconds = 3.0
+    engine.ranks[0].step_seconds = 1.5
     sinks = [submit(connection, [index], max_tokens=None)[1] for index in range(12)]
     for sink in sinks:
         end = sink.wait()
