@@ -26,7 +26,7 @@ from nanovllm_dist.wire.messages import (
 _MESSAGE, _TOKEN, _END, _POSITION, _PROMPT = 64, 8, 128, 32, 32
 
 
-@dataclass
+@dataclass(slots=True)
 class _Parcel:
     size: int = _MESSAGE
     ids: list[int] = field(default_factory=list)
@@ -41,12 +41,17 @@ class Outbox:
 
     def __init__(self, frame_limit: int = RESULT_FRAME_LIMIT) -> None:
         self._frame_limit = frame_limit
-        self._parcels: dict[bytes, list[_Parcel]] = {}
+        self._full: dict[bytes, list[_Parcel]] = {}
+        self._open: dict[bytes, _Parcel] = {}
 
     def token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         """One new token of a request."""
         client, request_id = request.key
-        parcel = self._parcel(client, _TOKEN if logprobs is None else _TOKEN + _bytes_of_position(logprobs))
+        size = _TOKEN if logprobs is None else _TOKEN + _bytes_of_position(logprobs)
+        parcel = self._open.get(client)  # as _parcel does, without a call for every token of every step
+        if parcel is None or parcel.size + size > self._frame_limit:
+            parcel = self._next_parcel(client)
+        parcel.size += size
         if logprobs is not None:
             parcel.logprobs.append((len(parcel.ids), logprobs))
         parcel.ids.append(request_id)
@@ -71,10 +76,11 @@ class Outbox:
         """Hand each client's messages to `send(identity, frame)`; returns the clients that are gone."""
         gone = [
             client
-            for client, parcels in self._parcels.items()
-            if not all(send(client, _frame(parcel)) for parcel in parcels)
+            for client, last in self._open.items()
+            if not all(send(client, _frame(parcel)) for parcel in [*self._full.get(client, ()), last])
         ]
-        self._parcels.clear()
+        self._full.clear()
+        self._open.clear()
         return gone
 
     def _end(self, client: bytes, finished: Finished) -> None:
@@ -83,13 +89,17 @@ class Outbox:
 
     def _parcel(self, client: bytes, size: int) -> _Parcel:
         """Where the next entry of that client goes, which takes `size` bytes."""
-        parcels = self._parcels.get(client)
-        if parcels is None:
-            parcels = self._parcels[client] = [_Parcel()]
-        elif parcels[-1].size + size > self._frame_limit:
-            parcels.append(_Parcel())
-        parcels[-1].size += size
-        return parcels[-1]
+        parcel = self._open.get(client)
+        if parcel is None or parcel.size + size > self._frame_limit:
+            parcel = self._next_parcel(client)
+        parcel.size += size
+        return parcel
+
+    def _next_parcel(self, client: bytes) -> _Parcel:
+        if client in self._open:
+            self._full.setdefault(client, []).append(self._open[client])
+        parcel = self._open[client] = _Parcel()
+        return parcel
 
 
 def bytes_of_prompt_logprobs(num_positions: int, count: int) -> int:
