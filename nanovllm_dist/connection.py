@@ -31,6 +31,7 @@ from nanovllm_dist.errors import (
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
+from nanovllm_dist.wire.wakeup import Wakeup
 
 KEY_FILE_ENV = "NANOVLLM_KEY_FILE"
 _PROBE_AFTER_SECONDS = 10.0
@@ -73,7 +74,7 @@ class Connection:
         self._last_heard = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = Channel(self._context, address, wire.RESULT_FRAME_LIMIT, _read_keys(address, key_file))
-        self._wake_in, self._wake_out = self._pair()
+        self._wakeup = Wakeup(self._context)
         self._thread = threading.Thread(target=self._run, name="nanovllm-connection", daemon=True)
         self._thread.start()
         self._send(wire.Hello())
@@ -210,55 +211,42 @@ class Connection:
             running = list(self._sinks)
         if running and self._error is None:
             self._outgoing.append(wire.encode(wire.AbortRequests(running)))
-        self._wake()
+        self._wakeup.ring()
         if self._thread is not threading.current_thread():
             self._thread.join()
         self.fail(EngineDeadError("the connection was closed"))
 
     # --- the thread ----------------------------------------------------------------------------------------
 
-    def _pair(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        name = f"inproc://wake-{id(self)}"
-        receiving, sending = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        receiving.bind(name)
-        sending.connect(name)
-        return receiving, sending
-
     def _send(self, message: wire.ClientMessage) -> None:
         self._queue(_frame(message))
 
     def _queue(self, frame: bytes) -> None:
         self._outgoing.append(frame)
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._lock:
-            if not self._wake_out.closed:
-                self._wake_out.send(b"")
+        self._wakeup.ring()
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._channel.socket, zmq.POLLIN)
-        poller.register(self._wake_in, zmq.POLLIN)
+        poller.register(self._wakeup.socket, zmq.POLLIN)
         try:
             while not self._closing:
                 events = dict(poller.poll(_POLL_MS))
-                if self._wake_in in events:
-                    while self._wake_in.poll(0):
-                        self._wake_in.recv()
+                if self._wakeup.socket in events:
+                    self._wakeup.clear()
                 self._flush()
                 if self._channel.socket in events:
-                    while (frame := self._channel.receive(0)) is not None:
+                    # an engine that never pauses must not keep what is to be sent, or the end, waiting
+                    while not self._closing and (frame := self._channel.receive(0)) is not None:
                         self._receive(frame)
+                        self._flush()
                 self._watch()
             self._flush()
         except Exception as error:  # a caller must not wait for a thread that is gone
             self.fail(EngineDeadError(f"the connection broke: {type(error).__name__}: {error}"))
         finally:
             self._channel.close()
-            with self._lock:
-                self._wake_out.close()
-            self._wake_in.close()
+            self._wakeup.close()
             self._context.term()
 
     def _flush(self) -> None:
