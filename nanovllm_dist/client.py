@@ -349,6 +349,8 @@ def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingP
 
 
 def _close(engine: Engine | None, connection: Connection) -> None:
-    connection.close()
-    if engine is not None:
-        engine.stop()
+    try:
+        connection.close()
+    finally:
+        if engine is not None:
+            engine.stop()

@@ -37,6 +37,7 @@ KEY_FILE_ENV = "NANOVLLM_KEY_FILE"
 _PROBE_AFTER_SECONDS = 10.0
 _DEAD_AFTER_SECONDS = 40.0
 _POLL_MS = 500
+_CLOSE_SECONDS = 10.0
 
 
 class Sink(Protocol):
@@ -213,7 +214,7 @@ class Connection:
             self._outgoing.append(wire.encode(wire.AbortRequests(running)))
         self._wakeup.ring()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)  # it may be held by a sink that blocks, and its engine must be stopped
         self.fail(EngineDeadError("the connection was closed"))
 
     # --- the thread ----------------------------------------------------------------------------------------
@@ -242,6 +243,8 @@ class Connection:
                         self._flush()
                 self._watch()
             self._flush()
+        except NanoVLLMError as error:
+            self.fail(error)
         except Exception as error:  # a caller must not wait for a thread that is gone
             self.fail(EngineDeadError(f"the connection broke: {type(error).__name__}: {error}"))
         finally:

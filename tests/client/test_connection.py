@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from scripted_engine import TIMES, RecordingSink, ScriptedEngine
 
+from nanovllm_dist import connection as connection_module
 from nanovllm_dist.connection import Connection
+from nanovllm_dist.errors import EngineDeadError
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 
@@ -71,3 +74,55 @@ def test_any_number_of_requests_can_be_sent_and_aborted_while_ends_come_in(
     while (message := engine.receive()[1]) != wire.AbortRequests([last]):
         assert isinstance(message, wire.AddRequest | wire.AbortRequests)
     connection.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_client_that_a_too_large_frame_cut_off_ends_its_requests_and_can_be_closed(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "RESULT_FRAME_LIMIT", 1000)
+    monkeypatch.setattr(connection_module, "_PROBE_AFTER_SECONDS", 0.1)
+    client, connection = connect(engine, aside)
+    sink = RecordingSink()
+    request_id = submit(connection, sink)
+    engine.receive()
+
+    engine.send(client, finished(*[request_id] * 200))
+
+    assert sink.done.wait(10)
+    assert isinstance(sink.ends[0], EngineDeadError)
+    aside.submit(connection.close).result(10)
+
+
+@pytest.mark.timeout(30)
+def test_a_cut_off_client_can_be_closed_at_once(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "RESULT_FRAME_LIMIT", 1000)
+    client, connection = connect(engine, aside)
+    sink = RecordingSink()
+    submit(connection, sink)
+    engine.receive()
+    engine.send(client, wire.EngineStatus("x" * 2000))
+    time.sleep(0.2)
+
+    aside.submit(connection.close).result(10)
+
+    assert isinstance(sink.ends[0], EngineDeadError)
+
+
+@pytest.mark.timeout(30)
+def test_close_does_not_wait_for_ever_for_a_listener_that_never_returns(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "_CLOSE_SECONDS", 0.3, raising=False)
+    client, connection = connect(engine, aside)
+    stuck, other = RecordingSink(hold=threading.Event()), RecordingSink()
+    stuck_id, _ = submit(connection, stuck), submit(connection, other)
+    engine.send(client, finished(stuck_id))
+    assert stuck.told.wait(10)
+
+    aside.submit(connection.close).result(10)
+
+    assert isinstance(other.ends[0], EngineDeadError)
+    stuck.hold.set()  # type: ignore[union-attr]
