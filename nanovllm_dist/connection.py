@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import zmq
 
 from nanovllm_dist.errors import (
@@ -147,7 +148,12 @@ class Connection:
         priority: int = 0,
         cache_salt: str = "",
     ) -> None:
-        """Queue a request; `sink` hears of it until its end. Raises EngineDeadError, WireError for one too large."""
+        """Queue a request; `sink` hears of it until its end.
+
+        Raises EngineDeadError, InvalidRequestError for an option that the wire does not take, WireError for a request
+        larger than a frame may be.
+        """
+        _check_options(priority, cache_salt)
         frame = _frame(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
         with self._lock:
             if self._error is not None:
@@ -314,8 +320,25 @@ class Connection:
             self._channel.send(wire.encode(wire.StatsRequest()))
 
 
+# a Struct checks types when decoded, not when constructed; there, one bad request would cost the whole connection
+_Options = msgspec.defstruct(
+    "_Options",
+    [(one.name, one.type) for one in msgspec.structs.fields(wire.AddRequest) if one.name in ("priority", "cache_salt")],
+)
+
+
+def _check_options(priority: int, cache_salt: str) -> None:
+    try:
+        msgspec.convert({"priority": priority, "cache_salt": cache_salt}, _Options)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"request options: {error}") from None
+
+
 def _frame(message: wire.ClientMessage) -> bytes:
-    frame = wire.encode(message)
+    try:
+        frame = wire.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise InvalidRequestError(f"the request is not valid UTF-8 and 64-bit integers throughout: {error}") from None
     if len(frame) > wire.CLIENT_FRAME_LIMIT:
         raise WireError(f"the request takes {len(frame)} bytes, over the limit of {wire.CLIENT_FRAME_LIMIT}")
     return frame

@@ -153,6 +153,10 @@ class Coordinator:
     def _from_client(self, client: bytes, frame: bytes) -> None:
         try:
             message = wire.decode_client(frame)
+        except WireError as error:
+            self._refuse(client, frame, error)
+            return
+        try:
             if isinstance(message, wire.AddRequest):
                 self._add(client, message)
             elif isinstance(message, wire.AbortRequests):
@@ -164,8 +168,24 @@ class Coordinator:
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
-            log.warning("client %s: %s", client.hex(), error)
-            self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
+            self._protocol_error(client, error)
+
+    def _refuse(self, client: bytes, frame: bytes, error: WireError) -> None:
+        """Answer a frame that does not decode: end its request if it has an id of its own, which harms no other."""
+        request_id = wire.request_id_of(frame)
+        running = (
+            self._scheduler.get((client, request_id))
+            if self._scheduler is not None and request_id is not None
+            else None
+        )
+        if request_id is None or running is not None:
+            self._protocol_error(client, error)
+        else:
+            self._outbox.refused(client, request_id, wire.ErrorInfo.of(InvalidRequestError(str(error))))
+
+    def _protocol_error(self, client: bytes, error: NanoVLLMError) -> None:
+        log.warning("client %s: %s", client.hex(), error)
+        self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
     def _hello(self, client: bytes, message: wire.Hello) -> None:
         if message.protocol != wire.PROTOCOL_VERSION:

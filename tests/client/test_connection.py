@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_engine import TIMES, RecordingSink, ScriptedEngine
 
 from nanovllm_dist import connection as connection_module
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import EngineDeadError
+from nanovllm_dist.errors import EngineDeadError, InvalidRequestError
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 
@@ -126,3 +127,34 @@ def test_close_does_not_wait_for_ever_for_a_listener_that_never_returns(
 
     assert isinstance(other.ends[0], EngineDeadError)
     stuck.hold.set()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": 2**40}, "priority"),
+        ({"priority": "high"}, "priority"),
+        ({"cache_salt": 7}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "UTF-8"),
+    ],
+    ids=str,
+)
+def test_options_that_the_wire_does_not_take_are_refused_before_they_are_sent(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, options: dict[str, Any], message: str
+) -> None:
+    _client, connection = connect(engine, aside)
+    running = RecordingSink()
+    submit(connection, running)
+    engine.receive()
+
+    with pytest.raises(InvalidRequestError, match=message):
+        connection.submit(connection.next_id(), b"", SamplingParams(), RecordingSink(), **options)
+    with pytest.raises(InvalidRequestError, match="64"):
+        connection.submit(connection.next_id(), b"", SamplingParams(logit_bias={2**70: 1.0}), RecordingSink())
+
+    next_id = submit(connection, RecordingSink())
+    _client, message_after = engine.receive()
+    assert isinstance(message_after, wire.AddRequest)
+    assert message_after.id == next_id
+    assert running.ends == []
+    connection.close()
