@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError, QueueFullError
+from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError, NanoVLLMError, QueueFullError
 from nanovllm_dist.generation import Generation
 from nanovllm_dist.outputs import CompletionOutput, RequestOutput
 from nanovllm_dist.progress import TokenProgress
@@ -54,29 +54,34 @@ class DistLLM:
 
         config = _make_config(model, options)
         engine = Engine.start(config, progress=progress)
-        self._attach(engine, Connection(engine.address, engine.key_file), engine.config.tokenizer)
+        self._attach(engine, Connection(engine.address, engine.key_file))
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:
         """A client that owns an engine already started; closing it stops the engine."""
         self = cls.__new__(cls)
-        self._attach(engine, Connection(engine.address, engine.key_file), engine.config.tokenizer)
+        self._attach(engine, Connection(engine.address, engine.key_file))
         return self
 
     @classmethod
-    def connect(cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0) -> Self:
+    def connect(
+        cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0, tokenizer: str | Path = ""
+    ) -> Self:
         """A client of a running engine, which goes on when this client closes.
 
+        `tokenizer`: a directory on this host, where the one that the engine was given is not there.
         Raises EngineConnectError when none answers within `timeout` seconds.
         """
         self = cls.__new__(cls)
-        self._attach(None, Connection(address, key_file, timeout), "", timeout)
+        self._attach(None, Connection(address, key_file, timeout), timeout, tokenizer)
         return self
 
-    def _attach(self, engine: Engine | None, connection: Connection, tokenizer: str, timeout: float = 10.0) -> None:
+    def _attach(
+        self, engine: Engine | None, connection: Connection, timeout: float = 10.0, tokenizer: str | Path = ""
+    ) -> None:
         self.engine = engine
         self._connection = connection
-        self._tokenizer_name = tokenizer
+        self._own_tokenizer = tokenizer
         self._lock = threading.Lock()
         self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
         # runs at close, when the client is garbage, and at interpreter exit, whichever is first, and once
@@ -262,8 +267,13 @@ class DistLLM:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, loaded on first use."""
-        return Tokenizer.from_directory(self._tokenizer_name or self.info.model_path)
+        """The engine's tokenizer, loaded on first use. Raises ModelNotFoundError, UnsupportedModelError."""
+        try:
+            return Tokenizer.from_directory(self._own_tokenizer or self.info.tokenizer)
+        except ModelNotFoundError as error:
+            if self.engine is not None:
+                raise
+            raise ModelNotFoundError(f"{error}: name a directory of this host, connect(..., tokenizer=...)") from None
 
     @property
     def address(self) -> str:

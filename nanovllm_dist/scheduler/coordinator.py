@@ -173,12 +173,8 @@ class Coordinator:
     def _refuse(self, client: bytes, frame: bytes, error: WireError) -> None:
         """Answer a frame that does not decode: end its request if it has an id of its own, which harms no other."""
         request_id = wire.request_id_of(frame)
-        running = (
-            self._scheduler.get((client, request_id))
-            if self._scheduler is not None and request_id is not None
-            else None
-        )
-        if request_id is None or running is not None:
+        running = self._scheduler is not None and self._scheduler.get((client, request_id or 0)) is not None
+        if request_id is None or running:
             self._protocol_error(client, error)
         else:
             self._outbox.refused(client, request_id, wire.ErrorInfo.of(InvalidRequestError(str(error))))
@@ -353,6 +349,7 @@ class Coordinator:
             version=__version__,
             model=config.served_model_name or config.model,
             model_path=config.model,
+            tokenizer=config.tokenizer or config.model,
             architecture=self.model.architecture,
             device=config.device,
             dtype=config.dtype,
