@@ -27,7 +27,7 @@ from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
 from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError, NanoVLLMError, QueueFullError
 from nanovllm_dist.generation import Generation
-from nanovllm_dist.outputs import CompletionOutput, RequestOutput
+from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.progress import TokenProgress
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.tokenizer import Tokenizer
@@ -106,9 +106,10 @@ class DistLLM:
 
         A prompt is text or a list of token ids. `sampling_params` is one for all, or one for each.
         A prompt that is refused raises its typed error and ends the others, unless `return_errors`: then its
-        output has finish_reason `error` and `error` set. Ctrl-C ends all of them before it is raised.
+        output has finish_reason `error` and `error` set, and so have those that an engine which died left without an
+        answer. Ctrl-C ends all of them before it is raised.
 
-        Raises InvalidRequestError (also when the lengths differ), EngineDeadError.
+        Raises InvalidRequestError (also when the lengths differ), EngineDeadError, WireError for one too large to send.
         """
         batch = _as_batch(prompts)
         params = _params_for(batch, sampling_params)
@@ -121,7 +122,8 @@ class DistLLM:
                 except InvalidRequestError as error:
                     if not return_errors:
                         raise _at_prompt(index, error) from None
-                    generations.append(_refused(prompt, error))
+                    text = prompt if isinstance(prompt, str) else None
+                    generations.append(RequestOutput.refused(text, [], error))
             try:
                 return self._run(generations, done, progress, priority, cache_salt, return_errors)
             except BaseException:
@@ -146,20 +148,30 @@ class DistLLM:
         outstanding, not_before = 0, 0.0
         while waiting or outstanding:
             while waiting and time.monotonic() >= not_before:
-                answers = waiting[0][1].params.n
-                if outstanding and outstanding + answers > window:
+                index, one = waiting[0]
+                if outstanding and outstanding + one.params.n > window:
                     break
-                waiting.popleft()[1].submit(priority, cache_salt)
-                outstanding += answers
+                waiting.popleft()
+                try:
+                    one.submit(priority, cache_salt)
+                except NanoVLLMError as error:  # it is too large, say, or the engine died while this one waited
+                    if not return_errors:
+                        raise _at_prompt(index, error) from None
+                    outputs[index] = RequestOutput.refused(one.prompt, one.prompt_ids, error)
+                    progress.finished(outputs[index])
+                else:
+                    outstanding += one.params.n
+            if not outstanding and not waiting:
+                break
             try:
                 index, output = done.get(timeout=_RETRY_SECONDS if waiting else None)
             except queue.Empty:
                 continue
-            one = generations[index]
+            sent = generations[index]
             outstanding -= len(output.outputs)
             fits = len(output.outputs) <= self.info.max_queued
-            if isinstance(output.error, QueueFullError) and isinstance(one, Generation) and fits:
-                waiting.append((index, one))  # other clients fill the queue: wait for room
+            if isinstance(output.error, QueueFullError) and isinstance(sent, Generation) and fits:
+                waiting.append((index, sent))  # other clients fill the queue: wait for room
                 not_before = time.monotonic() + _RETRY_SECONDS
                 continue
             if output.error is not None and not return_errors:
@@ -325,13 +337,6 @@ class _Deliver:
 
 def _at_prompt(index: int, error: NanoVLLMError) -> NanoVLLMError:
     return type(error)(f"prompt {index}: {error}")
-
-
-def _refused(prompt: Prompt, error: NanoVLLMError) -> RequestOutput:
-    """The output of a prompt that was not even sent."""
-    text = prompt if isinstance(prompt, str) else None
-    answer = CompletionOutput(0, finish_reason="error")
-    return RequestOutput(0, text, [], [answer], finished=True, error=error)
 
 
 def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:

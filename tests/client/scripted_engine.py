@@ -15,6 +15,27 @@ from nanovllm_dist.wire.sockets import Server
 TIMES = wire.RequestTimes(0.0, 0.0, 0.0, 0, 0)
 
 
+def engine_info(max_queued: int) -> wire.EngineInfo:
+    """Of an engine whose queue holds so many requests."""
+    return wire.EngineInfo(
+        version="",
+        model="m",
+        model_path="",
+        tokenizer="",
+        architecture="",
+        device="cpu",
+        dtype="float32",
+        tensor_parallel_size=1,
+        vocab_size=100,
+        max_total_tokens=1000,
+        max_num_seqs=1,
+        max_queued=max_queued,
+        block_size=16,
+        num_blocks=10,
+        eos_token_ids=[],
+    )
+
+
 class ScriptedEngine:
     """Answers Hello as a started engine does; what else it says is the test's matter."""
 
@@ -23,11 +44,11 @@ class ScriptedEngine:
         self._server = Server(self._context, f"ipc://{directory}/c", wire.CLIENT_FRAME_LIMIT, None)
         self.address = self._server.endpoint
 
-    def welcome(self) -> bytes:
-        """Wait for a Hello and answer it; the client's identity."""
+    def welcome(self, info: wire.EngineInfo | None = None) -> bytes:
+        """Wait for a Hello and answer that the engine starts, or is ready with `info`; the client's identity."""
         client, message = self.receive()
         assert isinstance(message, wire.Hello)
-        self.send(client, wire.EngineStatus("starting"))
+        self.send(client, wire.EngineStatus("starting" if info is None else "ready", info=info))
         return client
 
     def receive(self, seconds: float = 10.0) -> tuple[bytes, wire.ClientMessage]:
