@@ -32,6 +32,7 @@ from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
 from nanovllm_dist.scheduler.step_trace import StepTrace
 from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.partial_request import request_id_of
 from nanovllm_dist.wire.sockets import Server
 
 log = logging.getLogger("coordinator")
@@ -172,7 +173,7 @@ class Coordinator:
 
     def _refuse(self, client: bytes, frame: bytes, error: WireError) -> None:
         """Answer a frame that does not decode: end its request if it has an id of its own, which harms no other."""
-        request_id = wire.request_id_of(frame)
+        request_id = request_id_of(frame)
         running = self._scheduler is not None and self._scheduler.get((client, request_id or 0)) is not None
         if request_id is None or running:
             self._protocol_error(client, error)

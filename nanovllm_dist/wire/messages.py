@@ -139,10 +139,7 @@ ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps
 
 
 class EngineInfo(_Part, frozen=True):
-    """What a client must know of a ready engine. `max_total_tokens`: prompt + output of one request.
-
-    `model_path` and `tokenizer` are directories of the launcher's host.
-    """
+    """What a client must know of a ready engine (its paths: the launcher's). `max_total_tokens`: prompt + output."""
 
     version: str
     model: str
@@ -455,8 +452,6 @@ def worker_identity(rank: int) -> bytes:
 # --- frames ------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
-_RequestId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-_parts_decoder: msgspec.msgpack.Decoder[list[msgspec.Raw]] = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _encoder = msgspec.msgpack.Encoder()
 _client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
@@ -472,17 +467,6 @@ def encode(message: _Message) -> bytes:
 def decode_client(frame: bytes) -> ClientMessage:
     """Decode what a client sent. Raises WireError."""
     return _decode(_client_decoder, frame, CLIENT_FRAME_LIMIT)
-
-
-def request_id_of(frame: bytes) -> int | None:
-    """The id in a frame that was to be an AddRequest and does not decode; None if it cannot be read or answered."""
-    try:
-        tag, request_id, *_rest = _parts_decoder.decode(frame)
-        if msgspec.msgpack.decode(tag) == AddRequest.__name__:
-            return msgspec.msgpack.decode(request_id, type=_RequestId)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        pass
-    return None
 
 
 def decode_server(frame: bytes) -> ServerMessage:
