@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from difflib import get_close_matches
@@ -23,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
+from nanovllm_dist.batch_run import BatchRun, at_prompt
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError, NanoVLLMError, QueueFullError
+from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from nanovllm_dist.generation import Generation
 from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.progress import TokenProgress
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-_RETRY_SECONDS = 0.1
 
 
 class DistLLM:
@@ -113,72 +111,24 @@ class DistLLM:
         """
         batch = _as_batch(prompts)
         params = _params_for(batch, sampling_params)
-        done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         with TokenProgress(len(batch), enabled=use_tqdm) as progress:
+            run = BatchRun(self.info.max_queued, return_errors, progress)
             generations: list[Generation | RequestOutput] = []
             for index, (prompt, one) in enumerate(zip(batch, params, strict=True)):
                 try:
-                    generations.append(self.make_generation(prompt, one, _Deliver(done, index), streaming=False))
+                    generations.append(self.make_generation(prompt, one, run.listener(index), streaming=False))
                 except InvalidRequestError as error:
                     if not return_errors:
-                        raise _at_prompt(index, error) from None
+                        raise at_prompt(index, error) from None
                     text = prompt if isinstance(prompt, str) else None
                     generations.append(RequestOutput.refused(text, [], error))
             try:
-                return self._run(generations, done, progress, priority, cache_salt, return_errors)
+                return run.run(generations, priority, cache_salt)
             except BaseException:
                 for generation in generations:
                     if isinstance(generation, Generation):
                         generation.abort()
                 raise
-
-    def _run(
-        self,
-        generations: list[Generation | RequestOutput],
-        done: queue.SimpleQueue[tuple[int, RequestOutput]],
-        progress: TokenProgress,
-        priority: int,
-        cache_salt: str,
-        return_errors: bool,
-    ) -> list[RequestOutput]:
-        """Submit within the engine's queue bound, collect until all have ended."""
-        outputs = {index: one for index, one in enumerate(generations) if isinstance(one, RequestOutput)}
-        waiting = deque((index, one) for index, one in enumerate(generations) if isinstance(one, Generation))
-        window = max(1, self.info.max_queued // 2)
-        outstanding, not_before = 0, 0.0
-        while waiting or outstanding:
-            while waiting and time.monotonic() >= not_before:
-                index, one = waiting[0]
-                if outstanding and outstanding + one.params.n > window:
-                    break
-                waiting.popleft()
-                try:
-                    one.submit(priority, cache_salt)
-                except NanoVLLMError as error:  # it is too large, say, or the engine died while this one waited
-                    if not return_errors:
-                        raise _at_prompt(index, error) from None
-                    outputs[index] = RequestOutput.refused(one.prompt, one.prompt_ids, error)
-                    progress.finished(outputs[index])
-                else:
-                    outstanding += one.params.n
-            if not outstanding and not waiting:
-                break
-            try:
-                index, output = done.get(timeout=_RETRY_SECONDS if waiting else None)
-            except queue.Empty:
-                continue
-            sent = generations[index]
-            outstanding -= len(output.outputs)
-            fits = len(output.outputs) <= self.info.max_queued
-            if isinstance(output.error, QueueFullError) and isinstance(sent, Generation) and fits:
-                waiting.append((index, sent))  # other clients fill the queue: wait for room
-                not_before = time.monotonic() + _RETRY_SECONDS
-                continue
-            if output.error is not None and not return_errors:
-                raise _at_prompt(index, output.error)
-            outputs[index] = output
-            progress.finished(output)
-        return [outputs[index] for index in range(len(generations))]
 
     def chat(
         self,
@@ -322,21 +272,6 @@ class DistLLM:
 
 
 LLM = DistLLM
-
-
-class _Deliver:
-    """Puts the finished output of prompt `index` into a queue."""
-
-    def __init__(self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int) -> None:
-        self._done, self._index = done, index
-
-    def __call__(self, output: RequestOutput) -> None:
-        if output.finished:
-            self._done.put((self._index, output))
-
-
-def _at_prompt(index: int, error: NanoVLLMError) -> NanoVLLMError:
-    return type(error)(f"prompt {index}: {error}")
 
 
 def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:
