@@ -6,6 +6,7 @@ any process starts, and what processes receive is complete. This module knows no
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ WeightFormat = Literal["plain", "nz"]
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of one engine. Raises ConfigError naming the field when a value is out of range.
 
+    `startup_timeout` and `step_timeout` are seconds; the latter is how long one step may take, 0 for ever.
     `model_source` is no option: it keeps what `model` was before it was resolved to a directory of the launcher's host.
     """
 
@@ -57,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0
     threads_per_worker: int = 0
     startup_timeout: float = 600.0
+    step_timeout: float = 600.0
     hub: Hub = "huggingface"
     launcher: LauncherKind = "auto"
     ray_address: str = ""
@@ -85,6 +88,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require(self.max_steps_in_flight <= 2, "max_steps_in_flight", self.max_steps_in_flight, "1 or 2")
         _require(0 <= self.port < 65536, "port", self.port, "between 0 and 65535")
         _require(self.startup_timeout > 0, "startup_timeout", self.startup_timeout, "positive seconds")
+        _require(0 <= self.step_timeout < math.inf, "step_timeout", self.step_timeout, "0 (none) or positive seconds")
+        _require(self.num_blocks != 1, "num_blocks", self.num_blocks, "0 (automatic) or at least 2: one is for padding")
         if self.num_blocks and self.kv_cache_memory:
             raise ConfigError("num_blocks and kv_cache_memory both size the KV cache: give one of them")
         if self.ray_address and self.launcher == "local":

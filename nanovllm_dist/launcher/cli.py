@@ -57,6 +57,7 @@ def launch(
     host: o.Host = None,
     port: o.Port = None,
     startup_timeout: o.StartupTimeout = None,
+    step_timeout: o.StepTimeout = None,
     threads_per_worker: o.ThreadsPerWorker = None,
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxNumBatchedTokens = None,

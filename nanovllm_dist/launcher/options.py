@@ -185,6 +185,12 @@ Port = Annotated[int | None, typer.Option("--port", help="Port for clients (tcp)
 StartupTimeout = Annotated[
     float | None, typer.Option("--startup-timeout", help="Seconds until ready (600).", rich_help_panel=_PROCESSES)
 ]
+StepTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--step-timeout", help="Seconds that one step may take (600; 0: for ever).", rich_help_panel=_PROCESSES
+    ),
+]
 ThreadsPerWorker = Annotated[
     int | None, typer.Option("--threads-per-worker", help="CPU threads (a fair share).", rich_help_panel=_PROCESSES)
 ]

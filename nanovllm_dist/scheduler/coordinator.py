@@ -21,15 +21,17 @@ import msgspec
 import zmq
 
 from nanovllm_dist import __version__
-from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
+from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
-from nanovllm_dist.sampling_params import MAX_LIST
+from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.plan import Committed
 from nanovllm_dist.scheduler.request import Request
+from nanovllm_dist.scheduler.request_limits import check_limits
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
+from nanovllm_dist.scheduler.step_deadline import StepDeadline
 from nanovllm_dist.scheduler.step_trace import StepTrace
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.partial_request import request_id_of
@@ -40,10 +42,11 @@ log = logging.getLogger("coordinator")
 _POLL_MS = 200
 _PING_SECONDS = 1.0
 _EPOCH = 0
-_MAX_BAD_WORD_TOKENS = 128
 _MAX_WATCHERS = 1024
 # Clients that never pause must not keep steps and results waiting
 _FRAMES_PER_TURN = 256
+_WARNINGS_AT_ONCE = 10
+_WARNING_SECONDS = 10.0
 
 
 class Coordinator:
@@ -63,6 +66,8 @@ class Coordinator:
         self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
         self._clock = StepClock()
+        self._deadline = StepDeadline(spec.config.step_timeout)
+        self._warnings = LogLimit(_WARNINGS_AT_ONCE, _WARNING_SECONDS)
         self._trace: StepTrace | None = None
         self._seeds = random.Random(spec.config.seed)
         self._rendezvous = ""
@@ -116,6 +121,7 @@ class Coordinator:
         self._send_outputs()
         if self._trace is not None:
             self._watch_trace(self._trace)
+        self._watch_steps()
         self._ping_workers()
 
     def _plan_steps(self) -> None:
@@ -181,7 +187,7 @@ class Coordinator:
             self._outbox.refused(client, request_id, wire.ErrorInfo.of(InvalidRequestError(str(error))))
 
     def _protocol_error(self, client: bytes, error: NanoVLLMError) -> None:
-        log.warning("client %s: %s", client.hex(), error)
+        self._warn(f"client {client.hex()}: {error}")
         self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
     def _hello(self, client: bytes, message: wire.Hello) -> None:
@@ -233,6 +239,7 @@ class Coordinator:
             raise WireError(f"request id {message.id} is already running")
         params = message.params
         try:
+            check_limits(message)
             request = Request(
                 key=(client, message.id),
                 tokens=array("i", wire.unpack_ints(message.prompt)),
@@ -243,7 +250,6 @@ class Coordinator:
                 cache_salt=message.cache_salt,
                 bad_words=message.bad_words,
             )
-            _check_bad_words(message.bad_words)
             self._scheduler.add(request)
         except NanoVLLMError as error:
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
@@ -298,7 +304,7 @@ class Coordinator:
         answered = time.monotonic()
         rank = self._rank_of(identity)
         if rank is None:
-            log.warning("a frame from an unknown worker %s was dropped", identity.hex())
+            self._warn(f"a frame from an unknown worker {identity.hex()} was dropped")
             return
         try:
             message = wire.decode_from_worker(frame)
@@ -312,7 +318,7 @@ class Coordinator:
             else:
                 self._start(rank, message)
         except WireError as error:
-            log.warning("rank %d: %s", rank, error)
+            self._warn(f"rank {rank}: {error}")
 
     def _rank_of(self, identity: bytes) -> int | None:
         return self._identities.index(identity) if identity in self._identities else None
@@ -372,7 +378,7 @@ class Coordinator:
         scheduler = self._scheduler
         plan = scheduler.oldest_in_flight if scheduler is not None else None
         if scheduler is None or plan is None or (result.epoch, result.step) != (_EPOCH, plan.step):
-            log.warning("the result of step %d of epoch %d was not expected", result.step, result.epoch)
+            self._warn(f"the result of step {result.step} of epoch {result.epoch} was not expected")
             return
         self._last_step = now
         logprobs: dict[int, wire.TokenLogprobs] = {}
@@ -394,6 +400,18 @@ class Coordinator:
         if not self._workers.send(self._identities[rank], frame):
             self._fail(wire.ErrorInfo.of(EngineDeadError(f"rank {rank} is gone: its process died or was cut off")))
 
+    def _watch_steps(self) -> None:
+        """End the engine when a step does not: ranks that stand still hold every request and say nothing."""
+        plan = self._scheduler.oldest_in_flight if self._scheduler is not None else None
+        if self._deadline.passed(time.monotonic(), None if plan is None else plan.step) and plan is not None:
+            last = len(self._startup.ranks) - 1
+            ranks = f"ranks 0 to {last} have" if last else "rank 0 has"  # in lockstep: one holds up all of them
+            error = EngineDeadError(
+                f"{ranks} not answered step {plan.step} within {self.config.step_timeout:g} s: a process stands still, "
+                "or the device is stuck; where steps may take longer raise --step-timeout (step_timeout, 0 for ever)"
+            )
+            self._fail(wire.ErrorInfo.of(error))
+
     def _ping_workers(self) -> None:
         now = time.monotonic()
         if now - self._last_ping < _PING_SECONDS:
@@ -403,6 +421,12 @@ class Coordinator:
         for rank, state in enumerate(self._startup.ranks):
             if state.said_hello:
                 self._to_worker(rank, frame)
+
+    def _warn(self, text: str) -> None:
+        """Log what a peer did wrong, and could do without end."""
+        left_out = self._warnings.take(time.monotonic())
+        if left_out is not None:
+            log.warning("%s%s", text, f" ({left_out} warnings before it were left out)" if left_out else "")
 
     # --- the end -------------------------------------------------------------------------------------------
 
@@ -430,14 +454,6 @@ class Coordinator:
                 self._scheduler.abort(request.key, reason)
                 self._outbox.finished(request, time.monotonic(), error)
         self._outbox.send(self._clients.send)
-
-
-def _check_bad_words(bad_words: list[bytes]) -> None:
-    if len(bad_words) > 2 * MAX_LIST:  # each word may begin with a space or not
-        raise InvalidRequestError(f"bad_words: {len(bad_words)} sequences are more than {2 * MAX_LIST}")
-    for word in bad_words:
-        if not 0 < len(word) <= 4 * _MAX_BAD_WORD_TOKENS or len(word) % 4:
-            raise InvalidRequestError(f"bad_words: a sequence has 1 to {_MAX_BAD_WORD_TOKENS} token ids of 4 bytes")
 
 
 def main() -> int:

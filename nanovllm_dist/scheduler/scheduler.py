@@ -49,7 +49,7 @@ class Scheduler:
         self._reserve = int(self.pool.num_usable * _ADMISSION_RESERVE)
         self.max_total_tokens = min(config.max_model_len, self.pool.num_usable * config.block_size)
         self._requests: dict[tuple[bytes, int], Request] = {}
-        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; ended requests are skipped when met
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; ended ones are half of it at most
         self.num_waiting = 0
         self.running: list[Request] = []  # by sort_key
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -87,11 +87,6 @@ class Scheduler:
         request = self._requests.get(key)
         if request is None:
             return None
-        if request.running:
-            self.running.remove(request)
-            self._release(request)
-        else:
-            self.num_waiting -= 1
         self._end(request, reason)
         return request
 
@@ -193,6 +188,13 @@ class Scheduler:
         heapq.heappush(self._waiting, (request.sort_key, request))
         self.num_waiting += 1
 
+    def _left_queue(self) -> None:
+        """One waits no longer. Ended requests lie in the heap until they are met, or outnumber those that wait."""
+        self.num_waiting -= 1
+        if len(self._waiting) > 2 * self.num_waiting:  # so its cost is that of the ends since the last time
+            self._waiting = [entry for entry in self._waiting if entry[1].finish_reason is None]
+            heapq.heapify(self._waiting)
+
     def _schedule_running(self, plan: StepPlan) -> int:
         """Give every running request its tokens, preempting from the end when blocks run out."""
         budget, index = self._budget, 0
@@ -250,7 +252,7 @@ class Scheduler:
             if request.num_pending or not self._allocate_table(request):
                 break
             heapq.heappop(self._waiting)
-            self.num_waiting -= 1
+            self._left_queue()
             insort(self.running, request, key=_sort_key)
             request.slot = self._free_slots.pop()
             if request.first_scheduled < 0:
@@ -307,11 +309,6 @@ class Scheduler:
         request.num_registered = end
 
     def _finish(self, request: Request, reason: str, result: Committed) -> None:
-        if request.running:
-            self.running.remove(request)
-            self._release(request)
-        else:
-            self.num_waiting -= 1  # preempted while its last token was on its way
         self._end(request, reason)
         result.finished.append(request)
 
@@ -325,6 +322,11 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
+        if request.running:
+            self.running.remove(request)
+            self._release(request)
+        else:  # it waited, perhaps because it was preempted while its last token was on its way
+            self._left_queue()
         del self._requests[request.key]
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
 
@@ -337,6 +339,7 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self._max_num_seqs)), "slots leaked or shared"
         waiting = [request for _key, request in self._waiting if request.finish_reason is None]
         assert len(waiting) == self.num_waiting, "waiting requests are miscounted"
+        assert len(self._waiting) <= 2 * self.num_waiting, "requests that have ended pile up in the queue"
         assert {r.key for r in self.running} | {r.key for r in waiting} == set(self._requests), "a request is lost"
         for request in self.running:
             assert request.num_computed + request.num_scheduled <= request.num_tokens + request.num_pending

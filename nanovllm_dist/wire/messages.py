@@ -22,6 +22,7 @@ CLIENT_FRAME_LIMIT = 16 * 2**20
 RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
 TRACE_LIMIT = 10_000  # steps of one trace
+CACHE_SALT_LIMIT = 256  # bytes of UTF-8; it is hashed whenever a waiting request is looked at
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -198,7 +199,8 @@ class PromptLogprobs(_Part, frozen=True):
 
 class Outputs(_Message, frozen=True):
     """What one step gave the requests of one client: parallel packed arrays `ids`, `tokens` (one token each),
-    then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs)."""
+    then, in that order, `logprobs` of those entries that asked, as (index into `ids`, logprobs).
+    What is too large for one frame comes in several, in order: a request's end is never before what belongs to it."""
 
     ids: bytes
     tokens: bytes

@@ -21,6 +21,7 @@ from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidReq
 from nanovllm_dist.models.config import ModelConfig, parse_model_config
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.scheduler.coordinator import Coordinator
+from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
 
@@ -255,6 +256,18 @@ def test_a_garbage_frame_harms_nobody(engine: Engine, frame: bytes, door: str) -
     assert running.tokens == output_of([5], 30)
 
 
+def test_garbage_without_end_does_not_fill_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = Channel(context, engine.address, wire.CLIENT_FRAME_LIMIT, None)
+    for _ in range(500):
+        stranger.send(b"garbage")
+    answers = [stranger.receive(5) for _ in range(500)]
+    stranger.close()
+    context.term()
+    assert all(answers)
+    assert 0 < len([record for record in caplog.records if record.name == "coordinator"]) <= 20
+
+
 @pytest.mark.parametrize("door", ["clients", "workers"])
 def test_an_oversized_frame_harms_nobody(engine: Engine, door: str) -> None:
     connection = engine.connect()
@@ -337,6 +350,22 @@ def test_when_a_rank_is_lost_every_request_ends_with_an_error_within_seconds(tmp
     engine.stop()
 
 
+def test_when_a_step_does_not_end_every_request_ends_with_an_error_that_says_so(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, step_timeout=0.5)
+    connection = engine.connect()
+    engine.ranks[0].step_seconds = 1.5
+    sinks = [submit(connection, [index], max_tokens=None)[1] for index in range(12)]
+    for sink in sinks:
+        end = sink.wait()
+        error = end.error.to_exception() if isinstance(end, wire.Finished) and end.error else end
+        assert isinstance(error, EngineDeadError)
+        assert "rank 0 has not answered step 0 within 0.5 s" in str(error)
+        assert len(sink.ends) == 1
+    engine.thread.join(10)
+    assert engine.exit_code == 1
+    engine.stop()
+
+
 def test_a_failing_rank_during_start_reports_its_error(tmp_path: Path) -> None:
     spec = wire.CoordinatorSpec(
         config=make_config(), client_endpoint=f"ipc://{tmp_path}/c", worker_endpoint=f"ipc://{tmp_path}/w"
@@ -397,6 +426,16 @@ def test_512_requests_through_two_clients_on_a_tenth_of_the_cache_end_exactly_on
     assert sum(stats.finished.values()) == 512
     assert all(len(sink.ends) == 1 for *_rest, sink in live)
     engine.stop()
+
+
+def test_outputs_that_are_cut_into_many_frames_lose_nothing(engine: Engine) -> None:
+    engine.coordinator._outbox = Outbox(frame_limit=400)
+    connection = engine.connect()
+    sinks = [([index], submit(connection, [index], max_tokens=9)[1]) for index in range(40)]
+    for prompt, sink in sinks:
+        sink.wait()
+        assert sink.tokens == output_of(prompt, 9)
+        assert len(sink.ends) == 1
 
 
 @pytest.mark.parametrize("request_id", [-1, 2**31, 2**40])

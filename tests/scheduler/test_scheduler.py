@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from simulation import EOS, VOCAB, Simulation, expected_output
 
 from nanovllm_dist.errors import InvalidRequestError, QueueFullError
 from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.scheduler.request import Request
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
 
@@ -168,6 +171,38 @@ def test_the_queue_is_bounded() -> None:
         simulation.add([1])
     with pytest.raises(QueueFullError, match="max_num_queued_reqs=2"):
         simulation.add([1])
+
+
+def test_requests_that_were_aborted_while_they_waited_are_not_kept() -> None:
+    simulation = Simulation(max_num_seqs=1)
+    simulation.add([1], max_tokens=None, ignore_eos=True)
+    simulation.step()
+    waiting = simulation.add([2], max_tokens=1)
+    for _ in range(500):
+        simulation.abort(simulation.add([3] * 40))
+        simulation.ended.clear()
+
+    kept = sum(isinstance(thing, Request) for thing in gc.get_objects())
+
+    assert kept < 20
+    simulation.run()
+    assert waiting.finish_reason == "length"
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_aborts_of_waiting_requests_leave_the_others_in_their_order(policy: str) -> None:
+    simulation = Simulation(max_num_seqs=1, scheduling_policy=policy)
+    simulation.add([1], max_tokens=1, ignore_eos=True)
+    simulation.step()
+    requests = [simulation.add([2], priority=index % 3, max_tokens=1, ignore_eos=True) for index in range(60)]
+    kept = [request for index, request in enumerate(requests) if index % 5 == 0]
+    for request in requests:
+        if request not in kept:
+            simulation.abort(request)
+    simulation.run()
+    order = sorted(kept, key=lambda request: request.sort_key)
+    assert [request.first_scheduled for request in order] == sorted(request.first_scheduled for request in kept)
+    assert {request.finish_reason for request in kept} == {"length"}
 
 
 def test_stop_tokens_end_a_request_unless_eos_is_ignored() -> None:
