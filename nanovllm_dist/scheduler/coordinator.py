@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from nanovllm_dist import __version__
-from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
+from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
 from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
