@@ -29,9 +29,11 @@ class AsyncDistLLM:
         return cls(await asyncio.to_thread(DistLLM, model, **options))
 
     @classmethod
-    async def connect(cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0) -> Self:
-        """Use a running engine. Raises EngineConnectError."""
-        return cls(await asyncio.to_thread(DistLLM.connect, address, key_file, timeout=timeout))
+    async def connect(
+        cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0, tokenizer: str | Path = ""
+    ) -> Self:
+        """Use a running engine; options and errors as for `DistLLM.connect`."""
+        return cls(await asyncio.to_thread(DistLLM.connect, address, key_file, timeout=timeout, tokenizer=tokenizer))
 
     @property
     def info(self) -> EngineInfo:

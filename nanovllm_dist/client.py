@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from difflib import get_close_matches
@@ -23,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
+from nanovllm_dist.batch_run import BatchRun, at_prompt
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError, QueueFullError
+from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from nanovllm_dist.generation import Generation
-from nanovllm_dist.outputs import CompletionOutput, RequestOutput
+from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.progress import TokenProgress
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.tokenizer import Tokenizer
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-_RETRY_SECONDS = 0.1
 
 
 class DistLLM:
@@ -54,29 +52,34 @@ class DistLLM:
 
         config = _make_config(model, options)
         engine = Engine.start(config, progress=progress)
-        self._attach(engine, Connection(engine.address, engine.key_file), engine.config.tokenizer)
+        self._attach(engine, Connection(engine.address, engine.key_file))
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:
         """A client that owns an engine already started; closing it stops the engine."""
         self = cls.__new__(cls)
-        self._attach(engine, Connection(engine.address, engine.key_file), engine.config.tokenizer)
+        self._attach(engine, Connection(engine.address, engine.key_file))
         return self
 
     @classmethod
-    def connect(cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0) -> Self:
+    def connect(
+        cls, address: str, key_file: str | Path | None = None, *, timeout: float = 10.0, tokenizer: str | Path = ""
+    ) -> Self:
         """A client of a running engine, which goes on when this client closes.
 
+        `tokenizer`: a directory on this host, where the one that the engine was given is not there.
         Raises EngineConnectError when none answers within `timeout` seconds.
         """
         self = cls.__new__(cls)
-        self._attach(None, Connection(address, key_file, timeout), "", timeout)
+        self._attach(None, Connection(address, key_file, timeout), timeout, tokenizer)
         return self
 
-    def _attach(self, engine: Engine | None, connection: Connection, tokenizer: str, timeout: float = 10.0) -> None:
+    def _attach(
+        self, engine: Engine | None, connection: Connection, timeout: float = 10.0, tokenizer: str | Path = ""
+    ) -> None:
         self.engine = engine
         self._connection = connection
-        self._tokenizer_name = tokenizer
+        self._own_tokenizer = tokenizer
         self._lock = threading.Lock()
         self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
         # runs at close, when the client is garbage, and at interpreter exit, whichever is first, and once
@@ -101,67 +104,31 @@ class DistLLM:
 
         A prompt is text or a list of token ids. `sampling_params` is one for all, or one for each.
         A prompt that is refused raises its typed error and ends the others, unless `return_errors`: then its
-        output has finish_reason `error` and `error` set. Ctrl-C ends all of them before it is raised.
+        output has finish_reason `error` and `error` set, and so have those that an engine which died left without an
+        answer. Ctrl-C ends all of them before it is raised.
 
-        Raises InvalidRequestError (also when the lengths differ), EngineDeadError.
+        Raises InvalidRequestError (also when the lengths differ), EngineDeadError, WireError for one too large to send.
         """
         batch = _as_batch(prompts)
         params = _params_for(batch, sampling_params)
-        done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         with TokenProgress(len(batch), enabled=use_tqdm) as progress:
+            run = BatchRun(self.info.max_queued, return_errors, progress)
             generations: list[Generation | RequestOutput] = []
             for index, (prompt, one) in enumerate(zip(batch, params, strict=True)):
                 try:
-                    generations.append(self.make_generation(prompt, one, _Deliver(done, index), streaming=False))
+                    generations.append(self.make_generation(prompt, one, run.listener(index), streaming=False))
                 except InvalidRequestError as error:
                     if not return_errors:
-                        raise _at_prompt(index, error) from None
-                    generations.append(_refused(prompt, error))
+                        raise at_prompt(index, error) from None
+                    text = prompt if isinstance(prompt, str) else None
+                    generations.append(RequestOutput.refused(text, [], error))
             try:
-                return self._run(generations, done, progress, priority, cache_salt, return_errors)
+                return run.run(generations, priority, cache_salt)
             except BaseException:
                 for generation in generations:
                     if isinstance(generation, Generation):
                         generation.abort()
                 raise
-
-    def _run(
-        self,
-        generations: list[Generation | RequestOutput],
-        done: queue.SimpleQueue[tuple[int, RequestOutput]],
-        progress: TokenProgress,
-        priority: int,
-        cache_salt: str,
-        return_errors: bool,
-    ) -> list[RequestOutput]:
-        """Submit within the engine's queue bound, collect until all have ended."""
-        outputs = {index: one for index, one in enumerate(generations) if isinstance(one, RequestOutput)}
-        waiting = deque((index, one) for index, one in enumerate(generations) if isinstance(one, Generation))
-        window = max(1, self.info.max_queued // 2)
-        outstanding, not_before = 0, 0.0
-        while waiting or outstanding:
-            while waiting and time.monotonic() >= not_before:
-                answers = waiting[0][1].params.n
-                if outstanding and outstanding + answers > window:
-                    break
-                waiting.popleft()[1].submit(priority, cache_salt)
-                outstanding += answers
-            try:
-                index, output = done.get(timeout=_RETRY_SECONDS if waiting else None)
-            except queue.Empty:
-                continue
-            one = generations[index]
-            outstanding -= len(output.outputs)
-            fits = len(output.outputs) <= self.info.max_queued
-            if isinstance(output.error, QueueFullError) and isinstance(one, Generation) and fits:
-                waiting.append((index, one))  # other clients fill the queue: wait for room
-                not_before = time.monotonic() + _RETRY_SECONDS
-                continue
-            if output.error is not None and not return_errors:
-                raise _at_prompt(index, output.error)
-            outputs[index] = output
-            progress.finished(output)
-        return [outputs[index] for index in range(len(generations))]
 
     def chat(
         self,
@@ -262,8 +229,13 @@ class DistLLM:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, loaded on first use."""
-        return Tokenizer.from_directory(self._tokenizer_name or self.info.model_path)
+        """The engine's tokenizer, loaded on first use. Raises ModelNotFoundError, UnsupportedModelError."""
+        try:
+            return Tokenizer.from_directory(self._own_tokenizer or self.info.tokenizer)
+        except ModelNotFoundError as error:
+            if self.engine is not None:
+                raise
+            raise ModelNotFoundError(f"{error}: name a directory of this host, connect(..., tokenizer=...)") from None
 
     @property
     def address(self) -> str:
@@ -302,28 +274,6 @@ class DistLLM:
 LLM = DistLLM
 
 
-class _Deliver:
-    """Puts the finished output of prompt `index` into a queue."""
-
-    def __init__(self, done: queue.SimpleQueue[tuple[int, RequestOutput]], index: int) -> None:
-        self._done, self._index = done, index
-
-    def __call__(self, output: RequestOutput) -> None:
-        if output.finished:
-            self._done.put((self._index, output))
-
-
-def _at_prompt(index: int, error: NanoVLLMError) -> NanoVLLMError:
-    return type(error)(f"prompt {index}: {error}")
-
-
-def _refused(prompt: Prompt, error: NanoVLLMError) -> RequestOutput:
-    """The output of a prompt that was not even sent."""
-    text = prompt if isinstance(prompt, str) else None
-    answer = CompletionOutput(0, finish_reason="error")
-    return RequestOutput(0, text, [], [answer], finished=True, error=error)
-
-
 def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:
     known = EngineConfig.__struct_fields__
     for name in options:
@@ -349,6 +299,8 @@ def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingP
 
 
 def _close(engine: Engine | None, connection: Connection) -> None:
-    connection.close()
-    if engine is not None:
-        engine.stop()
+    try:
+        connection.close()
+    finally:
+        if engine is not None:
+            engine.stop()

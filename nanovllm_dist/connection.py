@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import zmq
 
 from nanovllm_dist.errors import (
@@ -31,11 +32,13 @@ from nanovllm_dist.errors import (
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
+from nanovllm_dist.wire.wakeup import Wakeup
 
 KEY_FILE_ENV = "NANOVLLM_KEY_FILE"
 _PROBE_AFTER_SECONDS = 10.0
 _DEAD_AFTER_SECONDS = 40.0
 _POLL_MS = 500
+_CLOSE_SECONDS = 10.0
 
 
 class Sink(Protocol):
@@ -73,7 +76,7 @@ class Connection:
         self._last_heard = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = Channel(self._context, address, wire.RESULT_FRAME_LIMIT, _read_keys(address, key_file))
-        self._wake_in, self._wake_out = self._pair()
+        self._wakeup = Wakeup(self._context)
         self._thread = threading.Thread(target=self._run, name="nanovllm-connection", daemon=True)
         self._thread.start()
         self._send(wire.Hello())
@@ -145,7 +148,12 @@ class Connection:
         priority: int = 0,
         cache_salt: str = "",
     ) -> None:
-        """Queue a request; `sink` hears of it until its end. Raises EngineDeadError, WireError for one too large."""
+        """Queue a request; `sink` hears of it until its end.
+
+        Raises EngineDeadError, InvalidRequestError for an option that the wire does not take, WireError for a request
+        larger than a frame may be.
+        """
+        _check_options(priority, cache_salt)
         frame = _frame(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
         with self._lock:
             if self._error is not None:
@@ -210,55 +218,44 @@ class Connection:
             running = list(self._sinks)
         if running and self._error is None:
             self._outgoing.append(wire.encode(wire.AbortRequests(running)))
-        self._wake()
+        self._wakeup.ring()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)  # it may be held by a sink that blocks, and its engine must be stopped
         self.fail(EngineDeadError("the connection was closed"))
 
     # --- the thread ----------------------------------------------------------------------------------------
-
-    def _pair(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        name = f"inproc://wake-{id(self)}"
-        receiving, sending = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        receiving.bind(name)
-        sending.connect(name)
-        return receiving, sending
 
     def _send(self, message: wire.ClientMessage) -> None:
         self._queue(_frame(message))
 
     def _queue(self, frame: bytes) -> None:
         self._outgoing.append(frame)
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._lock:
-            if not self._wake_out.closed:
-                self._wake_out.send(b"")
+        self._wakeup.ring()
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._channel.socket, zmq.POLLIN)
-        poller.register(self._wake_in, zmq.POLLIN)
+        poller.register(self._wakeup.socket, zmq.POLLIN)
         try:
             while not self._closing:
                 events = dict(poller.poll(_POLL_MS))
-                if self._wake_in in events:
-                    while self._wake_in.poll(0):
-                        self._wake_in.recv()
+                if self._wakeup.socket in events:
+                    self._wakeup.clear()
                 self._flush()
                 if self._channel.socket in events:
-                    while (frame := self._channel.receive(0)) is not None:
+                    # an engine that never pauses must not keep what is to be sent, or the end, waiting
+                    while not self._closing and (frame := self._channel.receive(0)) is not None:
                         self._receive(frame)
+                        self._flush()
                 self._watch()
             self._flush()
+        except NanoVLLMError as error:
+            self.fail(error)
         except Exception as error:  # a caller must not wait for a thread that is gone
             self.fail(EngineDeadError(f"the connection broke: {type(error).__name__}: {error}"))
         finally:
             self._channel.close()
-            with self._lock:
-                self._wake_out.close()
-            self._wake_in.close()
+            self._wakeup.close()
             self._context.term()
 
     def _flush(self) -> None:
@@ -323,8 +320,25 @@ class Connection:
             self._channel.send(wire.encode(wire.StatsRequest()))
 
 
+# a Struct checks types when decoded, not when constructed; there, one bad request would cost the whole connection
+_Options = msgspec.defstruct(
+    "_Options",
+    [(one.name, one.type) for one in msgspec.structs.fields(wire.AddRequest) if one.name in ("priority", "cache_salt")],
+)
+
+
+def _check_options(priority: int, cache_salt: str) -> None:
+    try:
+        msgspec.convert({"priority": priority, "cache_salt": cache_salt}, _Options)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"request options: {error}") from None
+
+
 def _frame(message: wire.ClientMessage) -> bytes:
-    frame = wire.encode(message)
+    try:
+        frame = wire.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise InvalidRequestError(f"the request is not valid UTF-8 and 64-bit integers throughout: {error}") from None
     if len(frame) > wire.CLIENT_FRAME_LIMIT:
         raise WireError(f"the request takes {len(frame)} bytes, over the limit of {wire.CLIENT_FRAME_LIMIT}")
     return frame

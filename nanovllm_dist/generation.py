@@ -56,7 +56,7 @@ class Generation:
         self._answers: list[_Answer] = []
 
     def submit(self, priority: int = 0, cache_salt: str = "") -> None:
-        """Send the requests. Raises EngineDeadError, or WireError for a prompt larger than a frame may be."""
+        """Send the requests. Raises EngineDeadError, InvalidRequestError, or WireError for one too large to send."""
         packed = array("i", self.prompt_ids).tobytes()
         incremental = self._tokenizer is not None and (self._streaming or bool(self.params.stop_strings))
         self._answers = [_Answer(self, index, self._tokenizer, incremental) for index in range(self.params.n)]

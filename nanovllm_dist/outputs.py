@@ -59,6 +59,12 @@ class RequestOutput:
     finished: bool = False
     error: NanoVLLMError | None = None  # set when finish_reason is error
 
+    @classmethod
+    def refused(cls, prompt: str | None, prompt_token_ids: list[int], error: NanoVLLMError) -> RequestOutput:
+        """The output of a prompt that was not even sent."""
+        answer = CompletionOutput(0, finish_reason="error")
+        return cls(0, prompt, prompt_token_ids, [answer], finished=True, error=error)
+
     @property
     def text(self) -> str:
         """Text of the first answer."""

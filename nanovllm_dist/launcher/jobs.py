@@ -41,7 +41,7 @@ def read_jobs(invocation: Invocation) -> list[Job]:
 
 def _read_file(path: str, defaults: dict[str, Any]) -> Iterator[Job]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # JSON text may hold what else ends lines
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts-file {path}: {error}") from None
     if not any(line.strip() for line in lines):

@@ -25,7 +25,7 @@ def run_jobs(engine: Engine, mode: Mode, jobs: list[Job]) -> None:
     The engine is stopped afterwards. Raises NanoVLLMError when a job failed; the answers of the others are kept.
     """
     with DistLLM.from_engine(engine) as llm:
-        prompts = [prepare(llm, job, mode.raw) for job in jobs]
+        prompts = [_prepared(llm, job, mode.raw) for job in jobs]
         started = time.monotonic()
         if mode.prompts_file:
             outputs = _answer_all(llm, prompts, jobs)
@@ -52,12 +52,26 @@ def prepare(llm: DistLLM, job: Job, raw: bool) -> Any:
     return llm.tokenizer.apply_chat_template([{"role": "user", "content": job.prompt}])
 
 
+def _prepared(llm: DistLLM, job: Job, raw: bool) -> Any:
+    """`prepare`, with the error in place of what a chat template refuses."""
+    try:
+        return prepare(llm, job, raw)
+    except NanoVLLMError as error:
+        return error
+
+
 def _answer_all(llm: DistLLM, prompts: list[Any], jobs: list[Job]) -> list[RequestOutput]:
-    params = [job.params for job in jobs]
-    return llm.generate(prompts, params, use_tqdm=sys.stderr.isatty(), return_errors=True)
+    """An output for each job, in order; where there is an error in place of a prompt, that."""
+    runnable = {index: prompt for index, prompt in enumerate(prompts) if not isinstance(prompt, NanoVLLMError)}
+    params = [jobs[index].params for index in runnable]
+    answers = llm.generate(list(runnable.values()), params, use_tqdm=sys.stderr.isatty(), return_errors=True)
+    outputs = dict(zip(runnable, answers, strict=True))
+    return [outputs.get(index) or RequestOutput.refused(None, [], prompt) for index, prompt in enumerate(prompts)]
 
 
 def _stream(llm: DistLLM, prompt: Any, job: Job) -> RequestOutput:
+    if isinstance(prompt, NanoVLLMError):
+        raise prompt
     whole: RequestOutput | None = None
     for output in llm.stream(prompt, job.params):
         sys.stdout.write(output.text)

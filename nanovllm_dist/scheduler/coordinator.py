@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from nanovllm_dist import __version__
-from nanovllm_dist.errors import EngineDeadError, NanoVLLMError, WireError
+from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
 from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
@@ -34,6 +34,7 @@ from nanovllm_dist.scheduler.step_clock import StepClock
 from nanovllm_dist.scheduler.step_deadline import StepDeadline
 from nanovllm_dist.scheduler.step_trace import StepTrace
 from nanovllm_dist.wire import messages as wire
+from nanovllm_dist.wire.partial_request import request_id_of
 from nanovllm_dist.wire.sockets import Server
 
 log = logging.getLogger("coordinator")
@@ -159,6 +160,10 @@ class Coordinator:
     def _from_client(self, client: bytes, frame: bytes) -> None:
         try:
             message = wire.decode_client(frame)
+        except WireError as error:
+            self._refuse(client, frame, error)
+            return
+        try:
             if isinstance(message, wire.AddRequest):
                 self._add(client, message)
             elif isinstance(message, wire.AbortRequests):
@@ -170,8 +175,20 @@ class Coordinator:
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
-            self._warn(f"client {client.hex()}: {error}")
-            self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
+            self._protocol_error(client, error)
+
+    def _refuse(self, client: bytes, frame: bytes, error: WireError) -> None:
+        """Answer a frame that does not decode: end its request if it has an id of its own, which harms no other."""
+        request_id = request_id_of(frame)
+        running = self._scheduler is not None and self._scheduler.get((client, request_id or 0)) is not None
+        if request_id is None or running:
+            self._protocol_error(client, error)
+        else:
+            self._outbox.refused(client, request_id, wire.ErrorInfo.of(InvalidRequestError(str(error))))
+
+    def _protocol_error(self, client: bytes, error: NanoVLLMError) -> None:
+        self._warn(f"client {client.hex()}: {error}")
+        self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
     def _hello(self, client: bytes, message: wire.Hello) -> None:
         if message.protocol != wire.PROTOCOL_VERSION:
@@ -339,6 +356,7 @@ class Coordinator:
             version=__version__,
             model=config.served_model_name or config.model,
             model_path=config.model,
+            tokenizer=config.tokenizer or config.model,
             architecture=self.model.architecture,
             device=config.device,
             dtype=config.dtype,

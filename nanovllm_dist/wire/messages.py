@@ -17,7 +17,7 @@ from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import NanoVLLMError, WireError, error_from_code
 from nanovllm_dist.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CLIENT_FRAME_LIMIT = 16 * 2**20
 RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
@@ -140,11 +140,12 @@ ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps
 
 
 class EngineInfo(_Part, frozen=True):
-    """What a client must know of a ready engine. `max_total_tokens`: prompt + output of one request."""
+    """What a client must know of a ready engine (its paths: the launcher's). `max_total_tokens`: prompt + output."""
 
     version: str
     model: str
     model_path: str
+    tokenizer: str
     architecture: str
     device: str
     dtype: str

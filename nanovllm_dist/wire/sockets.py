@@ -12,10 +12,11 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from nanovllm_dist.errors import EngineConnectError
+from nanovllm_dist.errors import EngineConnectError, EngineDeadError
 from nanovllm_dist.wire.messages import Keys
 
 _LINGER_MS = 500
+_SEND_SECONDS = 2.0
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_TIMEOUT_MS = 60_000
 
@@ -130,6 +131,7 @@ class Channel:
         identity: bytes = b"",
     ) -> None:
         self.endpoint = endpoint
+        self._frame_limit = frame_limit
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.MAXMSGSIZE, frame_limit)
         self.socket.setsockopt(zmq.RCVHWM, 0)
@@ -146,9 +148,18 @@ class Channel:
             self.socket.curve_secretkey = keys.client_secret.encode()
         self.socket.connect(endpoint)
 
-    def send(self, frame: bytes) -> None:
-        """Queue one frame."""
-        self.socket.send(frame)
+    def send(self, frame: bytes, timeout: float = _SEND_SECONDS) -> None:
+        """Queue one frame. Raises EngineDeadError when the connection is cut for good, after `timeout` seconds."""
+        try:
+            self.socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            # without a high-water mark this is a socket that ZeroMQ took off the line, and does not connect again
+            if not self.socket.poll(int(timeout * 1000), zmq.POLLOUT):
+                raise EngineDeadError(
+                    f"the connection to {self.endpoint} is cut: the other end sent a frame above {self._frame_limit} "
+                    "bytes or broke the protocol; connect again"
+                ) from None
+            self.socket.send(frame)
 
     def waiting(self) -> bool:
         """Whether a frame is there to be received."""

@@ -15,9 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 
 from nanovllm_dist import LLM, AsyncDistLLM, RequestOutput, SamplingParams
-from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidRequestError, QueueFullError
+from nanovllm_dist.errors import (
+    EngineConnectError,
+    EngineDeadError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    QueueFullError,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -234,6 +242,29 @@ def test_another_client_connects_and_leaves_while_the_engine_goes_on(llm: LLM) -
     with pytest.raises(EngineDeadError):
         other.generate("Hello", GREEDY, use_tqdm=False)
     assert llm.generate("Hello", GREEDY, use_tqdm=False)
+
+
+def test_a_client_that_connects_has_the_tokenizer_that_the_engine_was_given(tiny_model: Path, tmp_path: Path) -> None:
+    theirs, mine = (word_tokenizer(tmp_path / str(first), first) for first in (7, 9))
+    options: dict[str, object] = {"launcher": "local", "load_format": "dummy", "progress": False}
+    with LLM(str(tiny_model), tokenizer=str(theirs), **options) as llm:
+        with LLM.connect(llm.address) as client:
+            assert client.tokenizer.encode("hello") == llm.tokenizer.encode("hello") == [7]
+        with LLM.connect(llm.address, tokenizer=str(mine)) as client:
+            assert client.tokenizer.encode("hello") == [9]
+        with (
+            LLM.connect(llm.address, tokenizer=tmp_path / "none") as client,
+            pytest.raises(ModelNotFoundError, match=r"none has neither .*: name a directory of this host"),
+        ):
+            client.generate("hello", use_tqdm=False)
+
+
+def word_tokenizer(directory: Path, first: int) -> Path:
+    """A model directory's tokenizer of one word, `hello`, with the id `first`."""
+    directory.mkdir()
+    backend = Backend(WordLevel({"hello": first, "?": first + 1}, unk_token="?"))
+    backend.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def test_connecting_to_nothing_fails_in_time(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -118,6 +119,20 @@ def test_with_return_errors_the_other_prompts_get_their_answers(llm: LLM) -> Non
     good, bad, last = llm.generate([[3, 4], [99_999], [5]], IDS, use_tqdm=False, return_errors=True)
     assert (good.finish_reason, bad.finish_reason, last.finish_reason) == ("length", "error", "length")
     assert isinstance(bad.error, InvalidRequestError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"priority": 2**40}, "priority"), ({"priority": "high"}, "priority"), ({"cache_salt": 7}, "cache_salt")],
+    ids=str,
+)
+def test_a_bad_option_of_one_call_does_not_end_what_others_run(llm: LLM, options: dict[str, Any], message: str) -> None:
+    running = llm.stream([5, 6], SamplingParams(max_tokens=32, ignore_eos=True, detokenize=False))
+    next(running)
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate([[3, 4]], IDS, use_tqdm=False, **options)
+    assert list(running)[-1].finish_reason == "length"
 
 
 @pytest.mark.slow

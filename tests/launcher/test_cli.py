@@ -198,7 +198,8 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
 
 def jobs_of(tmp_path: Path, *lines: Any, **sampling: Any) -> list[Any]:
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_bytes(text.encode())
     return read_jobs(build_invocation({"model": "m", "prompts_file": str(path), **sampling}))
 
 
@@ -239,6 +240,12 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, bad: Any, message: str) -
     with pytest.raises(ConfigError) as caught:
         jobs_of(tmp_path, {"prompt": "fine"}, bad)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_only_newlines_end_a_line(tmp_path: Path, character: str) -> None:
+    lines = [json.dumps({"prompt": f"a{character}b"}, ensure_ascii=False), "\x0b\x0c", '{"prompt":\r"c"}\r']
+    assert [job.prompt for job in jobs_of(tmp_path, *lines)] == [f"a{character}b", "c"]
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:

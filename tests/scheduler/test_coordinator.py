@@ -217,6 +217,24 @@ def test_a_bad_request_is_told_why_and_others_go_on(
     assert good.tokens == output_of([5], 20)
 
 
+def test_a_request_that_does_not_decode_is_refused_and_its_clients_others_go_on(engine: Engine) -> None:
+    connection = engine.connect()
+    _, running = submit(connection, [5], max_tokens=30)
+    request_id, bad = connection.next_id(), Sink()
+    connection._sinks[request_id] = bad
+    frame = wire.encode(wire.AddRequest(request_id, b"", SamplingParams(), [], 2**40))
+
+    connection._queue(frame)
+
+    end = bad.wait()
+    assert isinstance(end, wire.Finished)
+    assert end.error is not None
+    with pytest.raises(InvalidRequestError, match=r"2147483647 - at `\$\[5\]`"):
+        raise end.error.to_exception()
+    running.wait()
+    assert running.tokens == output_of([5], 30)
+
+
 @pytest.mark.parametrize(
     "frame", [b"", b"\xc1garbage", b"\x91" * 50_000, b"\x92\xa8AddRequest\x01", b"\x91\xa5Hello\x01"]
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from nanovllm_dist.errors import EngineConnectError
+from nanovllm_dist.errors import EngineConnectError, EngineDeadError
 from nanovllm_dist.wire.sockets import Channel, Server, new_keys, private_directory
 
 LIMIT = 10_000
@@ -84,6 +84,23 @@ def test_an_oversized_frame_cuts_off_its_sender_and_nobody_else(context, tmp_pat
     good.send(b"fine")
     assert receive(server) == (b"good", b"fine")
     for end in (good, bad, server):
+        end.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(30)
+def test_sending_on_a_channel_that_a_too_large_frame_cut_off_is_an_error_and_not_a_wait(
+    context,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+) -> None:
+    server = Server(context, f"ipc://{tmp_path}/s", LIMIT, None)
+    channel = Channel(context, server.endpoint, LIMIT, None, b"peer")
+    channel.send(b"hello")
+    assert receive(server) is not None
+    assert server.send(b"peer", b"x" * (LIMIT + 1))
+    assert channel.receive(0.5) is None
+    with pytest.raises(EngineDeadError, match="above 10000 bytes"):
+        channel.send(b"are you there?", timeout=0.2)
+    for end in (channel, server):
         end.close()  # type: ignore[attr-defined]
 
 

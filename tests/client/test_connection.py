@@ -1,0 +1,160 @@
+"""The connection under stress: it never blocks whoever uses it, whatever the engine does or leaves undone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_engine import TIMES, RecordingSink, ScriptedEngine
+
+from nanovllm_dist import connection as connection_module
+from nanovllm_dist.connection import Connection
+from nanovllm_dist.errors import EngineDeadError, InvalidRequestError
+from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.wire import messages as wire
+
+MORE_THAN_ANY_QUEUE_HOLDS = 5000  # ZeroMQ's own are of 1,000 a side
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[ScriptedEngine]:
+    engine = ScriptedEngine(tmp_path)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def aside() -> Iterator[ThreadPoolExecutor]:
+    """A thread for what must not hang; one that does is not waited for."""
+    executor = ThreadPoolExecutor(2)
+    yield executor
+    executor.shutdown(wait=False)
+
+
+def connect(engine: ScriptedEngine, aside: ThreadPoolExecutor) -> tuple[bytes, Connection]:
+    """A connected client, and its identity on the engine's side."""
+    connecting: Future[Connection] = aside.submit(Connection, engine.address)
+    return engine.welcome(), connecting.result(10)
+
+
+def submit(connection: Connection, sink: RecordingSink) -> int:
+    request_id = connection.next_id()
+    connection.submit(request_id, wire.pack_ints([1, 2]), SamplingParams(), sink)
+    return request_id
+
+
+def finished(*ids: int) -> wire.Outputs:
+    return wire.Outputs(b"", b"", [wire.Finished(one, "abort", TIMES) for one in ids])
+
+
+def test_any_number_of_requests_can_be_sent_and_aborted_while_ends_come_in(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor
+) -> None:
+    client, connection = connect(engine, aside)
+    slow, next_one = RecordingSink(hold=threading.Event()), RecordingSink()
+    engine.send(client, finished(submit(connection, slow), submit(connection, next_one)))
+    assert slow.told.wait(10)  # from here on the connection's thread reads nothing
+
+    def burst() -> int:
+        last = 0
+        for _ in range(MORE_THAN_ANY_QUEUE_HOLDS):
+            last = submit(connection, RecordingSink())
+            connection.abort([last])
+        return last
+
+    sending = aside.submit(burst)
+    threading.Timer(0.5, slow.hold.set).start()  # type: ignore[union-attr]
+
+    last = sending.result(20)
+    assert next_one.done.wait(10)
+    while (message := engine.receive()[1]) != wire.AbortRequests([last]):
+        assert isinstance(message, wire.AddRequest | wire.AbortRequests)
+    connection.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_client_that_a_too_large_frame_cut_off_ends_its_requests_and_can_be_closed(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "RESULT_FRAME_LIMIT", 1000)
+    monkeypatch.setattr(connection_module, "_PROBE_AFTER_SECONDS", 0.1)
+    client, connection = connect(engine, aside)
+    sink = RecordingSink()
+    request_id = submit(connection, sink)
+    engine.receive()
+
+    engine.send(client, finished(*[request_id] * 200))
+
+    assert sink.done.wait(10)
+    assert isinstance(sink.ends[0], EngineDeadError)
+    aside.submit(connection.close).result(10)
+
+
+@pytest.mark.timeout(30)
+def test_a_cut_off_client_can_be_closed_at_once(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "RESULT_FRAME_LIMIT", 1000)
+    client, connection = connect(engine, aside)
+    sink = RecordingSink()
+    submit(connection, sink)
+    engine.receive()
+    engine.send(client, wire.EngineStatus("x" * 2000))
+    time.sleep(0.2)
+
+    aside.submit(connection.close).result(10)
+
+    assert isinstance(sink.ends[0], EngineDeadError)
+
+
+@pytest.mark.timeout(30)
+def test_close_does_not_wait_for_ever_for_a_listener_that_never_returns(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "_CLOSE_SECONDS", 0.3, raising=False)
+    client, connection = connect(engine, aside)
+    stuck, other = RecordingSink(hold=threading.Event()), RecordingSink()
+    stuck_id, _ = submit(connection, stuck), submit(connection, other)
+    engine.send(client, finished(stuck_id))
+    assert stuck.told.wait(10)
+
+    aside.submit(connection.close).result(10)
+
+    assert isinstance(other.ends[0], EngineDeadError)
+    stuck.hold.set()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": 2**40}, "priority"),
+        ({"priority": "high"}, "priority"),
+        ({"cache_salt": 7}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "UTF-8"),
+    ],
+    ids=str,
+)
+def test_options_that_the_wire_does_not_take_are_refused_before_they_are_sent(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, options: dict[str, Any], message: str
+) -> None:
+    _client, connection = connect(engine, aside)
+    running = RecordingSink()
+    submit(connection, running)
+    engine.receive()
+
+    with pytest.raises(InvalidRequestError, match=message):
+        connection.submit(connection.next_id(), b"", SamplingParams(), RecordingSink(), **options)
+    with pytest.raises(InvalidRequestError, match="64"):
+        connection.submit(connection.next_id(), b"", SamplingParams(logit_bias={2**70: 1.0}), RecordingSink())
+
+    next_id = submit(connection, RecordingSink())
+    _client, message_after = engine.receive()
+    assert isinstance(message_after, wire.AddRequest)
+    assert message_after.id == next_id
+    assert running.ends == []
+    connection.close()

@@ -1,0 +1,58 @@
+"""A file of prompts through a whole engine: a line that fails costs its own answer and no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_sandbox import LLAMA, SMALL, Sandbox, sandbox
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import NanoVLLMError
+from nanovllm_dist.launcher.engine import Engine
+from nanovllm_dist.launcher.invocation import Mode
+from nanovllm_dist.launcher.jobs import Job
+from nanovllm_dist.launcher.run_prompts import run_jobs
+from nanovllm_dist.sampling_params import SamplingParams
+
+__all__ = ["sandbox"]  # a fixture
+TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}hello"
+PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+
+@pytest.fixture
+def chatting_model(tmp_path: Path) -> str:
+    """A tiny model with one word, whose template refuses a system's message."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    Tokenizer(WordLevel({"hello": 5, "?": 6}, unk_token="?")).save(str(directory / "tokenizer.json"))
+    return str(directory)
+
+
+def chat(role: str) -> Job:
+    return Job(PARAMS, messages=[{"role": role, "content": "hi"}], id=role)
+
+
+@pytest.mark.slow
+def test_a_conversation_that_the_template_refuses_is_a_record_among_answers(
+    chatting_model: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    engine = Engine.start(EngineConfig(model=chatting_model, launcher="local", **SMALL))
+    mode = Mode(prompts_file="in.jsonl", output=str(tmp_path / "out.jsonl"))
+    try:
+        with pytest.raises(NanoVLLMError, match=r"1 of 3 prompts failed, first prompt 1: .*no system here"):
+            run_jobs(engine, mode, [chat("user"), chat("system"), Job(PARAMS, [5, 6], id="ids")])
+    finally:
+        engine.stop()
+
+    records: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["user", "system", "ids"]
+    assert [record.get("num_tokens") for record in records] == [3, None, 3]
+    assert records[1]["error"]["code"] == "invalid_request"
+    assert records[1]["messages"] == [{"role": "system", "content": "hi"}]
