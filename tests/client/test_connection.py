@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,21 +17,6 @@ from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 
 MORE_THAN_ANY_QUEUE_HOLDS = 5000  # ZeroMQ's own are of 1,000 a side
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[ScriptedEngine]:
-    engine = ScriptedEngine(tmp_path)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-def aside() -> Iterator[ThreadPoolExecutor]:
-    """A thread for what must not hang; one that does is not waited for."""
-    executor = ThreadPoolExecutor(2)
-    yield executor
-    executor.shutdown(wait=False)
 
 
 def connect(engine: ScriptedEngine, aside: ThreadPoolExecutor) -> tuple[bytes, Connection]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from scripted_engine import TIMES, ScriptedEngine, engine_info
@@ -14,21 +12,6 @@ from nanovllm_dist.errors import EngineDeadError, WireError
 from nanovllm_dist.wire import messages as wire
 
 IDS = SamplingParams(detokenize=False)
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[ScriptedEngine]:
-    engine = ScriptedEngine(tmp_path)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-def aside() -> Iterator[ThreadPoolExecutor]:
-    """A thread for the client, while the test speaks for the engine."""
-    executor = ThreadPoolExecutor(1)
-    yield executor
-    executor.shutdown(wait=False)
 
 
 def connect(engine: ScriptedEngine, aside: ThreadPoolExecutor, max_queued: int) -> LLM:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from test_coordinator import Engine, output_of, submit
+from coordinator_rig import Engine, output_of, submit
 
 from nanovllm_dist.errors import EngineDeadError, InvalidRequestError
 from nanovllm_dist.wire import messages as wire
