@@ -230,7 +230,7 @@ class ModelRunner:
         if whole is None:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
         else:
-            sampled = self._sampler.sample(whole, slots, positions, self._batch.token_ids)
+            sampled = self._sampler.sample(whole.float(), slots, positions, self._batch.token_ids)
             tokens, logprobs = sampled.token_ids, sampled.logprobs
         return self._comm.broadcast(tokens), logprobs
 

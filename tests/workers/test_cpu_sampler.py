@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm_dist.models.layers.embedding import LMHead, VocabWeight
+from nanovllm_dist.models.parallel import SingleRank
 from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
 from nanovllm_dist.workers.platform.cpu_sampler import CpuSampler
 from nanovllm_dist.workers.sampling_blocks import block_max
@@ -17,7 +19,9 @@ BF16 = torch.bfloat16
 def sampler(vocab: int) -> CpuSampler:
     library = kernel_library()
     assert library is not None, "this machine has a C compiler, and the kernels were not built with it"
-    return CpuSampler(library, vocab)
+    comm = SingleRank()
+    head = LMHead(VocabWeight("lm_head.weight", vocab, 2, comm, BF16, torch.device("cpu")), False, comm)
+    return CpuSampler(library, head, comm)
 
 
 def logits_of(rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
@@ -87,7 +91,5 @@ def test_rows_without_a_distribution_give_the_token_that_the_sampler_in_torch_gi
 def test_padding_behind_the_vocabulary_is_never_drawn() -> None:
     logits = torch.zeros(50, 40, dtype=BF16)
     logits[:, 33:] = 100.0
-    library = kernel_library()
-    assert library is not None
     uniforms = torch.linspace(0, 0.999, 50).double()
-    assert CpuSampler(library, 33).sample(logits, torch.ones(50), uniforms).max() < 33
+    assert sampler(33).sample(logits, torch.ones(50), uniforms).max() < 33

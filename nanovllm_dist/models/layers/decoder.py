@@ -134,7 +134,8 @@ class DecoderLM(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """hidden [N, hidden] -> logits [N, vocab] in float32 on rank 0, None elsewhere. Every rank must call it."""
-        return self.lm_head.gather(self.lm_head(hidden))
+        logits = self.lm_head.gather(self.lm_head(hidden))
+        return None if logits is None else logits.float()
 
     def shards(self) -> Iterator[Shard]:
         """Every checkpoint tensor of the model, once, with this rank's part. Not after `finalize`."""

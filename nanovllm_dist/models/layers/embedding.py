@@ -83,15 +83,12 @@ class LMHead(nn.Module):
         return F.linear(hidden, weight) if out is None else torch.mm(hidden, weight.t(), out=out)
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Every rank's logits -> [N, vocab] in float32 on rank 0, None elsewhere. May be `logits` itself."""
+        """Every rank's logits -> [N, vocab] in their dtype on rank 0, None elsewhere. May share `logits`' memory."""
         parts = self._comm.gather(logits)
         if parts is None:
             return None
-        if len(parts) == 1:
-            return parts[0].float()
-        sizes = [end - start for start, end in self._rows.ranges]
-        whole = torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
-        return whole.float()
+        known = [part[:, : end - start] for part, (start, end) in zip(parts, self._rows.ranges, strict=True)]
+        return known[0] if len(known) == 1 else torch.cat(known, dim=-1)
 
     def finalize(self, kernels: LayerKernels) -> None:
         """Repack the weight for the device; after loading. The plain one stays only if the embedding needs it."""

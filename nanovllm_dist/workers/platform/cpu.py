@@ -1,4 +1,4 @@
-"""The CPU: gloo between ranks, threads shared out, a stated share of free memory for the KV cache."""
+"""The CPU: shared memory or gloo between ranks, threads shared out, a stated share of free memory for the KV cache."""
 
 from __future__ import annotations
 
@@ -85,15 +85,17 @@ class CpuPlatform(Platform):
         return torch.device("cpu")
 
     def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
-        """Join a gloo group."""
-        from nanovllm_dist.models.parallel import GroupCommunicator, SingleRank
+        """Join a gloo group; ranks on one host share memory besides."""
+        from nanovllm_dist.models.parallel import SingleRank
 
         if store is None:
             return SingleRank()
         import torch.distributed as dist
 
+        from nanovllm_dist.workers.platform.cpu_group import open_group
+
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
-        return GroupCommunicator()
+        return open_group(store, _COLLECTIVE_TIMEOUT.total_seconds())
 
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype

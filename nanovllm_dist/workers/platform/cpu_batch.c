@@ -63,18 +63,30 @@ static void share_gates(const layer *at, const shape *of, const uint16_t *normed
     }
 }
 
-/* Runs the layers, then the norm `final`. */
-void batch_step(const layer *layers, const shape *of, const uint16_t *final, const batch *now) {
+/* delta [count] summed over ranks, by all threads, with the barriers before and after it. */
+static uint64_t sum_delta(group *with, uint16_t *delta, int64_t count, uint64_t turn, int thread, int threads) {
+#pragma omp barrier
+    if (with) {
+        turn = sum_bf16(with, delta, count, turn, thread, threads);
+#pragma omp barrier
+    }
+    return turn;
+}
+
+/* Runs the layers, then the norm `final`. `with` is null for one rank. */
+void batch_step(const layer *layers, const shape *of, const uint16_t *final, const batch *now, group *with) {
     const int64_t tokens = now->tokens, hidden = of->hidden, inner = of->heads * of->dim;
     const int64_t packed = inner + 2 * of->kv_heads * of->dim, middle = of->intermediate;
     const int64_t chunk = at_most(tokens, CHUNK);
     uint16_t *total = now->space, *normed = total + tokens * hidden, *delta = normed + tokens * hidden;
     uint16_t *qkv = delta + tokens * hidden, *context = qkv + tokens * packed, *gates = context + tokens * inner;
     uint16_t *active[2] = {gates + 2 * chunk * middle, gates + 3 * chunk * middle};
+    uint64_t last_turn = 0;
 #pragma omp parallel
     {
         const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t first = FROM(tokens), own = TO(tokens) - first, mine = first * hidden;
+        uint64_t turn = with ? with->turn : 0;
         memcpy(total + mine, now->input + mine, own * hidden * sizeof *total);
         for (int index = 0; index < of->layers; index++) {
             const layer *at = layers + index;
@@ -92,17 +104,19 @@ void batch_step(const layer *layers, const shape *of, const uint16_t *final, con
             for (int64_t row = 0; row < tokens; row += CHUNK)
                 share_outputs(context + row * inner, at->o, 0, delta + row * hidden, at_most(CHUNK, tokens - row),
                               inner, hidden);
-#pragma omp barrier
+            turn = sum_delta(with, delta, tokens * hidden, turn, thread, threads);
             add_norm(total + mine, delta + mine, at->mlp_norm, normed + mine, own, hidden, of->eps);
 #pragma omp barrier
-            for (int64_t row = 0, turn = 0; row < tokens; row += CHUNK, turn ^= 1) {
+            for (int64_t row = 0, half = 0; row < tokens; row += CHUNK, half ^= 1) {
                 const int rows = at_most(CHUNK, tokens - row);
-                share_gates(at, of, normed + row * hidden, gates, active[turn], rows, threads);
+                share_gates(at, of, normed + row * hidden, gates, active[half], rows, threads);
 #pragma omp barrier
-                share_outputs(active[turn], at->down, 0, delta + row * hidden, rows, middle, hidden);
+                share_outputs(active[half], at->down, 0, delta + row * hidden, rows, middle, hidden);
             }
-#pragma omp barrier
+            turn = sum_delta(with, delta, tokens * hidden, turn, thread, threads);
         }
         add_norm(total + mine, delta + mine, final, now->output + mine, own, hidden, of->eps);
+        if (thread == 0) last_turn = turn;
     }
+    if (with) with->turn = last_turn;
 }

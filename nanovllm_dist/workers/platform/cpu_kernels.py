@@ -21,9 +21,10 @@ from pathlib import Path
 log = logging.getLogger("worker")
 
 _SOURCE = Path(__file__).with_name("cpu_step.c")
+_PARTS = ("layers", "prefill", "dot", "decode", "group", "batch", "sampler")
 _SOURCES = (
     _SOURCE,
-    *(_SOURCE.with_name(f"cpu_{part}.c") for part in ("layers", "prefill", "dot", "decode", "batch", "sampler")),
+    *(_SOURCE.with_name(f"cpu_{part}.c") for part in _PARTS),
 )
 _COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 # linked apart, without -ffast-math: with it the library would flush denormals to zero in the whole process

@@ -17,6 +17,10 @@
 #define LINE 32   /* elements of a cache line */
 #define SERIAL 4096 /* elements that one thread has done before a second one is awake */
 
+/* The share of a thread: [FROM, TO) */
+#define FROM(COUNT) ((int)((int64_t)(COUNT) * thread / threads))
+#define TO(COUNT) ((int)((int64_t)(COUNT) * (thread + 1) / threads))
+
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 

@@ -9,13 +9,10 @@
 #include "cpu_prefill.c"
 #include "cpu_dot.c"
 #include "cpu_decode.c"
+#include "cpu_group.c"
 
 typedef void task(const uint16_t *, const uint16_t *, const uint16_t *, const int32_t *, int, uint16_t *, int, int, int,
                   int, float);
-
-/* The share of a thread: [FROM, TO) */
-#define FROM(COUNT) ((int)((int64_t)(COUNT) * thread / threads))
-#define TO(COUNT) ((int)((int64_t)(COUNT) * (thread + 1) / threads))
 
 /* One layer. Weights as `panel_linear` reads them, biases and qk_norm [heads + kv_heads, dim] or null; caches
    [blocks, block_size, kv_heads, dim]. */
@@ -87,22 +84,40 @@ static void add_norm(uint16_t *total, const uint16_t *delta, const uint16_t *wei
     }
 }
 
-/* Runs the layers, then the norm `final`. Rows, of which there are few, have one token each. */
-void decode_step(const layer *layers, const shape *of, const uint16_t *final, const step *now) {
+/* Where a product goes that ranks will add up: its part of the next meeting, or `alone` without other ranks. */
+static uint16_t *place(const group *with, uint64_t *turn, uint16_t *alone) {
+    return with ? (uint16_t *)part_of(with, with->rank, ++*turn) : alone;
+}
+
+/* The sum over ranks of what is there, when all threads of this one have passed a barrier; in `whole` unless alone. */
+static const uint16_t *summed(group *with, uint64_t turn, int thread, const uint16_t *there, uint16_t *whole,
+                              int count) {
+    if (!with) return there;
+    meet(with, turn, thread);
+    sum_bf16_parts(with, turn, 0, count, whole);
+    return whole;
+}
+
+/* Runs the layers, then the norm `final`. Rows, of which there are few, have one token each; [rows, hidden] is no more
+   than a part of the group, which is null for one rank. */
+void decode_step(const layer *layers, const shape *of, const uint16_t *final, const step *now, group *with) {
     const int rows = now->rows, hidden = of->hidden, middle = of->intermediate, inner = of->heads * of->dim;
     const int packed = inner + 2 * of->kv_heads * of->dim;
     uint16_t qkv[rows * packed], context[rows * inner], gates[2 * rows * middle], active[rows * middle];
     uint16_t attended[rows * hidden], passed[rows * hidden];
+    const uint64_t first_turn = with ? with->turn : 0;
 #pragma omp parallel
     {
         const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        uint16_t total[rows * hidden], normed[rows * hidden];
+        uint16_t total[rows * hidden], normed[rows * hidden], whole[with ? rows * hidden : 1], *target;
+        const uint16_t *delta = 0;
+        uint64_t turn = first_turn;
         memcpy(total, now->input, sizeof total);
 #define SHARED(IN, WEIGHT, BIAS, OUT, INPUTS, OUTPUTS) \
     some_outputs(IN, WEIGHT, BIAS, OUT, rows, INPUTS, OUTPUTS, FROM((OUTPUTS) / 32), TO((OUTPUTS) / 32), 1)
         for (int index = 0; index < of->layers; index++) {
             const layer *at = layers + index;
-            add_norm(total, index ? passed : 0, at->input_norm, normed, rows, hidden, of->eps);
+            add_norm(total, delta, at->input_norm, normed, rows, hidden, of->eps);
             SHARED(normed, at->qkv, at->qkv_bias, qkv, hidden, packed);
 #pragma omp barrier
             for (int each = thread; each < rows * of->kv_heads; each += threads)
@@ -113,9 +128,11 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
             for (int each = thread; each < rows * of->kv_heads; each += threads)
                 attend(at, of, now, qkv, context, each / of->kv_heads, each % of->kv_heads);
 #pragma omp barrier
-            SHARED(context, at->o, 0, attended, inner, hidden);
+            target = place(with, &turn, attended);
+            SHARED(context, at->o, 0, target, inner, hidden);
 #pragma omp barrier
-            add_norm(total, attended, at->mlp_norm, normed, rows, hidden, of->eps);
+            delta = summed(with, turn, thread, target, whole, rows * hidden);
+            add_norm(total, delta, at->mlp_norm, normed, rows, hidden, of->eps);
             const int from = FROM(middle / 32), to = TO(middle / 32), units = middle / 32;
             some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, from, to, 1);
             some_outputs(normed, at->gate_up, at->gate_up_bias, gates, rows, hidden, 2 * middle, units + from,
@@ -125,12 +142,15 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
                 activate(gate, gate + middle, active + row * middle + from * 32, (to - from) * 32);
             }
 #pragma omp barrier
-            SHARED(active, at->down, 0, passed, middle, hidden);
+            target = place(with, &turn, passed);
+            SHARED(active, at->down, 0, target, middle, hidden);
 #pragma omp barrier
+            delta = summed(with, turn, thread, target, whole, rows * hidden);
         }
-        add_norm(total, passed, final, normed, rows, hidden, of->eps);
+        add_norm(total, delta, final, normed, rows, hidden, of->eps);
         if (thread == 0) memcpy(now->output, normed, sizeof normed);
     }
+    if (with) with->turn = first_turn + 2 * of->layers;
 }
 
 #include "cpu_batch.c"

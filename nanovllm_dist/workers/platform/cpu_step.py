@@ -1,4 +1,4 @@
-"""All layers of a decoder as one C call, in bfloat16 on one rank.
+"""All layers of a decoder as one C call, in bfloat16, on one rank or on several of one host.
 
 Between two products of a decode of one row Python and torch take as long as the product itself: SmolLM2-135M on two
 cores decodes 65 tokens/s with a call for each operation. Few decodes run in a way of their own (cpu_step.c), all other
@@ -18,6 +18,7 @@ from nanovllm_dist.models.layers.kernels import TorchPlan
 from nanovllm_dist.models.layers.linear import PackedLinear
 from nanovllm_dist.models.layers.mlp import MLP
 from nanovllm_dist.models.parallel import Communicator
+from nanovllm_dist.workers.platform.cpu_group import PART_BYTES, CpuGroup
 from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
 from nanovllm_dist.workers.platform.cpu_layers import OUTPUTS_UNIT, PanelLinear
 
@@ -63,12 +64,14 @@ class _Batch(ctypes.Structure):
 class CpuStep:
     """The decoder's layers and final norm; see `FusedLayers`. The weights must stay where they are."""
 
-    def __init__(self, model: DecoderLM, library: ctypes.CDLL) -> None:
+    def __init__(self, model: DecoderLM, library: ctypes.CDLL, group: CpuGroup | None = None) -> None:
+        """`group`: the ranks that hold the other shards, None if there are none."""
         self._run_few, self._run, self._space_of = library.decode_step, library.batch_step, library.batch_space
         for run in (self._run_few, self._run):
-            run.argtypes, run.restype = [_POINTER] * 4, None
+            run.argtypes, run.restype = [_POINTER] * 5, None
         self._space_of.argtypes, self._space_of.restype = [_POINTER, ctypes.c_int64], ctypes.c_int64
         self._space = torch.empty(0, dtype=torch.bfloat16)
+        self._group = group
         self._final = model.norm.weight
         self._layers = (_Layer * model.num_layers)(*map(_pointers, model.layers))
         first = model.layers[0]
@@ -96,10 +99,13 @@ class CpuStep:
         hidden = hidden.contiguous()
         output = torch.empty_like(hidden)
         rows = len(batch.host_query_lens)
-        few = batch.num_decodes == rows <= FEW_ROWS
+        few = batch.num_decodes == rows <= FEW_ROWS and hidden.nbytes <= PART_BYTES
         run, step = (self._run_few, self._few) if few else (self._run, self._batch)
         now = step(hidden, output, batch, plan)
-        run(self._layers, ctypes.byref(self._shape), self._final.data_ptr(), ctypes.byref(now))
+        group = None if self._group is None else self._group.pointer
+        run(self._layers, ctypes.byref(self._shape), self._final.data_ptr(), ctypes.byref(now), group)
+        if self._group is not None:
+            self._group.check()
         return output
 
     def _few(self, hidden: torch.Tensor, output: torch.Tensor, batch: AttentionBatch, plan: TorchPlan) -> _Step:
@@ -144,10 +150,11 @@ class CpuStep:
 
 def fuse_step(model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> CpuStep | None:
     """The fused layers of a loaded and finalized model, or None where a layer or its weights are of another kind."""
-    library = kernel_library() if dtype == torch.bfloat16 and comm.world_size == 1 else None
+    group = comm if isinstance(comm, CpuGroup) else None
+    library = kernel_library() if dtype == torch.bfloat16 and (group or comm.world_size == 1) else None
     if library is None or not _is_plain(model.layers):
         return None
-    return CpuStep(model, library)
+    return CpuStep(model, library, group)
 
 
 def _is_plain(layers: Sequence[DecoderLayer]) -> bool:

@@ -21,17 +21,16 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nanovllm_dist.models.parallel import GroupCommunicator
+from nanovllm_dist.workers.platform.agreement import UnavailableError, on_all_ranks
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 16  # bytes of the kernels' widest access, and what they want sizes to be multiples of
@@ -114,37 +113,15 @@ def open_communicator(device: torch.device, limits: ReductionLimits | None = Non
     """
     chosen = limits or ReductionLimits.measured(dist.get_world_size())
     try:
-        _on_all_ranks(device, lambda: _require_one_host(device))
-        buffer = _on_all_ranks(device, lambda: _allocate(device, chosen))
-        _on_all_ranks(device, lambda: _exchange(buffer))
+        on_all_ranks(device, lambda: _require_one_host(device))
+        buffer = on_all_ranks(device, lambda: _allocate(device, chosen))
+        on_all_ranks(device, lambda: _exchange(buffer))
         communicator = SymmetricCommunicator(buffer, chosen)
-        _on_all_ranks(device, lambda: _try_out(buffer))
-    except _UnavailableError as problem:
+        on_all_ranks(device, lambda: _try_out(buffer))
+    except UnavailableError as problem:
         log.warning("all-reduce goes through NCCL, symmetric memory cannot be used: %s", problem)
         return GroupCommunicator()
     return communicator
-
-
-class _UnavailableError(Exception):
-    """Symmetric memory cannot be used; the same step failed on every rank or on another one."""
-
-
-def _on_all_ranks(device: torch.device, step: Callable[[], T]) -> T:
-    """`step` on every rank; if it fails on any, all raise, so that none waits for one that has given up."""
-    problem = ""
-    try:
-        result = step()
-    except _UnavailableError as error:
-        problem = str(error)
-    except Exception as error:  # torch's types for this are not documented, and none of them must leave a rank behind
-        problem = f"{type(error).__name__}: {error}"
-    succeeded = torch.tensor([not problem], dtype=torch.int32, device=device)
-    dist.all_reduce(succeeded, op=dist.ReduceOp.MIN)
-    if problem:
-        raise _UnavailableError(problem)
-    if not succeeded.item():
-        raise _UnavailableError("another rank failed, its log says why")
-    return result
 
 
 def _require_one_host(device: torch.device) -> None:
@@ -154,7 +131,7 @@ def _require_one_host(device: torch.device) -> None:
     least_and_largest = torch.tensor([mark, -mark], dtype=torch.int64, device=device)
     dist.all_reduce(least_and_largest, op=dist.ReduceOp.MIN)
     if least_and_largest.sum().item() != 0:
-        raise _UnavailableError("the ranks are on several hosts")
+        raise UnavailableError("the ranks are on several hosts")
 
 
 def _allocate(device: torch.device, limits: ReductionLimits) -> torch.Tensor:
@@ -187,7 +164,7 @@ def _try_out(buffer: torch.Tensor) -> None:
             two_shot = torch.ops.symm_mem.two_shot_all_reduce_(part, "sum", _group().group_name)
             right += [torch.equal(one_shot, expected), torch.equal(two_shot, expected)]
     if not all(right):  # only now: a rank that left earlier would keep the others waiting
-        raise _UnavailableError("a trial sum was wrong")
+        raise UnavailableError("a trial sum was wrong")
 
 
 def _view(half: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
