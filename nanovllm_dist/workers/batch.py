@@ -7,6 +7,7 @@ are on the device, because a sampled token may feed the next step before any hos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ class StepRows:
         nothing = np.empty(0, dtype=np.int64)
         return cls(nothing, nothing, nothing, nothing, np.empty(0, dtype=bool))
 
-    @property
+    @cached_property
     def only_decodes(self) -> bool:
         """Whether every row runs one token and samples the next."""
         return bool((self.counts == 1).all() and self.samples.all())
@@ -53,12 +54,12 @@ class StepRows:
         decodes = int((self.counts == 1).sum())
         return StepShape(int(self.counts.sum()), decodes, len(self.counts) - decodes)
 
-    @property
+    @cached_property
     def sample_slots(self) -> Ints:
         """[S], slots of the rows that sample."""
         return self.slots[self.samples]
 
-    @property
+    @cached_property
     def sample_positions(self) -> Ints:
         """[S], where their new tokens go."""
         return self.ends[self.samples]

@@ -65,7 +65,7 @@ class DecodeStep(nn.Module):
             context_lens=context_lens,
             query_start=torch.arange(size + 1, dtype=torch.int32, device=slots.device),
             num_decodes=size,
-            host_query_lens=[],
+            host_query_lens=[1] * len(lengths),
             host_context_lens=lengths,
             kv_caches=self.kv_caches,
         )

@@ -174,20 +174,24 @@ class ModelRunner:
         if self._device_sampler is None:
             tokens, logprobs = self._sample_on_rank_0(logits, slots, positions)
         else:
-            tokens, logprobs = self._sample_special(logits, rows, self._device_sampler.sample(logits, *draws))
+            special = self._table.special_rows(slots, positions)
+            plain = self._device_sampler.sample(logits, *draws)
+            tokens, logprobs = self._sample_special(logits, rows, special, plain)
         self._batch.append(device_slots, device_positions, tokens)
         return tokens, logprobs
 
     def _replay(self, rows: StepRows, decodes: _Decodes) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
         """A step of decodes alone, by graph; rows that want more than a plain draw are sampled again after it."""
         count = len(rows.slots)
+        special = self._table.special_rows(rows.slots, rows.ends)
         sampled, logits = self._decode(rows, decodes, decode_size(decodes.sizes, count))
         self._launched = time.monotonic()
         plain = sampled[:count]
-        tokens, logprobs = self._sample_special(logits[:count], rows, plain)
-        if tokens is not plain:
-            slots, positions = self._transfers.upload([rows.slots, rows.ends])
-            self._batch.append(slots, positions, tokens)
+        if not len(special):
+            return plain, []
+        tokens, logprobs = self._sample_special(logits[:count], rows, special, plain)
+        slots, positions = self._transfers.upload([rows.slots, rows.ends])
+        self._batch.append(slots, positions, tokens)
         return tokens, logprobs
 
     def _decode(self, rows: StepRows, decodes: _Decodes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,12 +211,11 @@ class ModelRunner:
         return [inv_temperature, np.minimum(uniforms, below_one)]
 
     def _sample_special(
-        self, logits: torch.Tensor, rows: StepRows, tokens: torch.Tensor
+        self, logits: torch.Tensor, rows: StepRows, special: Ints, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
-        """Replace the tokens of sampling rows that want more than a plain draw; the others keep theirs, whoever is
-        beside them. Some rows at a time: what filters need is many times the logits."""
+        """Replace the tokens of the `special` among the sampling rows, which want more than a plain draw; the others
+        keep theirs, whoever is beside them. Some rows at a time: what filters need is many times the logits."""
         slots, positions = rows.sample_slots, rows.sample_positions
-        special = self._table.special_rows(slots, positions)
         logprobs: list[tuple[int, TokenLogprobs]] = []
         for start in range(0, len(special), _SPECIAL_ROWS):
             part = special[start : start + _SPECIAL_ROWS]

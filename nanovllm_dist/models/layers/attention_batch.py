@@ -25,8 +25,9 @@ class AttentionBatch:
         context_lens: [R] int32, keys visible to the row's last token, those of this step included.
         query_start: [R + 1] int32, where each row's tokens begin.
         num_decodes: the first so many rows have exactly one token each; the others are prefill chunks.
-        host_query_lens: tokens of each row, on the host; empty in a step that is recorded as a graph.
-        host_context_lens: `context_lens` on the host; likewise, unless the device's graphs take them anew each time.
+        host_query_lens: tokens of each row, on the host; empty in a step recorded as a graph, unless the device's
+            graphs take lengths anew each time.
+        host_context_lens: `context_lens` on the host; likewise.
         kv_caches: keys and values of each layer, [num_blocks, block_size, num_kv_heads of this rank, head_dim] or the
             same numbers as rows of head_dim, in the order [num_blocks, num_kv_heads, block_size]. Must
             start as zeros: a backend may read slots behind a row's last key and mask them, which does not hide a NaN.

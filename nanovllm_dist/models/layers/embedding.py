@@ -75,6 +75,11 @@ class LMHead(nn.Module):
         self.vocab_start, self.vocab_size = rows.start, rows.end - rows.start
         self.columns = len(rows.weight)
 
+    @property
+    def kernel(self) -> LinearKernel | None:
+        """What `finalize` made of the weight."""
+        return self._kernel
+
     def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [N, hidden] -> this rank's logits [N, columns] in the model's dtype, written to `out` if given."""
         if self._kernel is not None:

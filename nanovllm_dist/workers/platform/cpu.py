@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
+    from nanovllm_dist.workers.graphs import Recorder
     from nanovllm_dist.workers.transfers import Transfers
 
 # Without --kv-cache-memory all ranks together take this share of the memory that is free after loading, but no more
@@ -117,6 +118,14 @@ class CpuPlatform(Platform):
         from nanovllm_dist.workers.platform.cpu_sampler import cpu_sampler
 
         return cpu_sampler(comm, head)
+
+    def recorder(
+        self, config: EngineConfig, model: ModelConfig, kernels: LayerKernels, comm: Communicator
+    ) -> Recorder | None:
+        """Steps of decodes in one C call, for bfloat16."""
+        from nanovllm_dist.workers.platform.cpu_recorder import cpu_recorder
+
+        return None if config.graph_mode == "eager" else cpu_recorder(comm, kernels)
 
     def transfers(self, config: EngineConfig) -> Transfers:
         """There is nothing to transfer."""

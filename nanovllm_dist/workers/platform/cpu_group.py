@@ -75,9 +75,9 @@ class CpuGroup(GroupCommunicator):
         )
 
     @property
-    def pointer(self) -> Any:
-        """The group, for other kernels of the library; `check` after each of them."""
-        return ctypes.byref(self._group)
+    def pointer(self) -> int:
+        """Where other kernels of the library find the group; `check` after each of them."""
+        return ctypes.addressof(self._group)
 
     def check(self) -> None:
         """Raise what went wrong in a call of the library, if anything did."""
@@ -110,11 +110,11 @@ class CpuGroup(GroupCommunicator):
         return parts
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's content, in place; `tensor` is contiguous."""
-        assert tensor.is_contiguous()
-        self._broadcast(self.pointer, tensor.data_ptr(), tensor.nbytes)
+        """Rank 0's content, in place."""
+        packed = tensor.contiguous()
+        self._broadcast(self.pointer, packed.data_ptr(), packed.nbytes)
         self.check()
-        return tensor
+        return tensor if packed is tensor else tensor.copy_(packed)
 
     def _exchange(self, tensor: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         tensor = tensor.contiguous()

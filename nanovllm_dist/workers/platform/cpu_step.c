@@ -155,3 +155,4 @@ void decode_step(const layer *layers, const shape *of, const uint16_t *final, co
 
 #include "cpu_batch.c"
 #include "cpu_sampler.c"
+#include "cpu_decoder.c"

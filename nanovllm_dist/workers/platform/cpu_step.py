@@ -88,6 +88,16 @@ class CpuStep:
         )
         self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    @property
+    def few_rows(self) -> int:
+        """Decodes up to which there is a way of their own: several ranks must tell each other all of it at once."""
+        return min(FEW_ROWS, PART_BYTES // (2 * len(self._final)))
+
+    def pointers(self, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, int, int]:
+        """Where the library finds the layers over these caches, their shape and the weight of the last norm."""
+        self._use(caches)
+        return ctypes.addressof(self._layers), ctypes.addressof(self._shape), self._final.data_ptr()
+
     def takes(self, batch: AttentionBatch) -> bool:
         """Whether there is anything to run: any rows do."""
         return bool(batch.host_query_lens)
@@ -99,7 +109,7 @@ class CpuStep:
         hidden = hidden.contiguous()
         output = torch.empty_like(hidden)
         rows = len(batch.host_query_lens)
-        few = batch.num_decodes == rows <= FEW_ROWS and hidden.nbytes <= PART_BYTES
+        few = batch.num_decodes == rows <= self.few_rows
         run, step = (self._run_few, self._few) if few else (self._run, self._batch)
         now = step(hidden, output, batch, plan)
         group = None if self._group is None else self._group.pointer
