@@ -61,7 +61,7 @@ class Coordinator:
         self._identities = [wire.worker_identity(rank) for rank in range(spec.config.tensor_parallel_size)]
         self._startup = Startup(spec.config.tensor_parallel_size)
         self._status = wire.EngineStatus("starting", "start")
-        self._watchers: dict[bytes, None] = {}
+        self._watchers: dict[bytes, int] = {}  # bytes that each client has not read yet
         self._scheduler: Scheduler | None = None
         self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
@@ -152,8 +152,7 @@ class Coordinator:
         self._send_outputs()
 
     def _send_outputs(self) -> None:
-        for client in self._outbox.send(self._clients.send):
-            self._client_gone(client)
+        self._outbox.send(self._to_client)
 
     # --- clients -------------------------------------------------------------------------------------------
 
@@ -172,6 +171,8 @@ class Coordinator:
                 self._send_stats(client)
             elif isinstance(message, wire.TraceSteps):
                 self._start_trace(client, message)
+            elif isinstance(message, wire.FramesRead):
+                self._has_read(client, message.size)
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
@@ -188,30 +189,58 @@ class Coordinator:
 
     def _protocol_error(self, client: bytes, error: NanoVLLMError) -> None:
         self._warn(f"client {client.hex()}: {error}")
-        self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
+        self._to_client(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
     def _hello(self, client: bytes, message: wire.Hello) -> None:
         if message.protocol != wire.PROTOCOL_VERSION:
             raise WireError(f"protocol {message.protocol} is not {wire.PROTOCOL_VERSION}: use matching versions")
-        if len(self._watchers) >= _MAX_WATCHERS:
-            self._forget_clients_that_left()
-        if len(self._watchers) >= _MAX_WATCHERS:
-            raise WireError(f"{_MAX_WATCHERS} clients are connected already")
-        self._watchers[client] = None
-        self._clients.send(client, wire.encode(self._status))
+        if client not in self._watchers:
+            if len(self._watchers) >= _MAX_WATCHERS:
+                self._forget_clients_that_left()
+            if len(self._watchers) >= _MAX_WATCHERS:
+                raise WireError(f"{_MAX_WATCHERS} clients are connected already")
+            self._watchers[client] = 0
+        self._to_client(client, wire.encode(self._status))
 
     def _forget_clients_that_left(self) -> None:
         frame = wire.encode(self._status)
-        for client in [c for c in self._watchers if not self._clients.send(c, frame)]:
+        for client in list(self._watchers):
+            self._to_client(client, frame)
+
+    def _to_client(self, client: bytes, frame: bytes) -> bool:
+        """Queue a frame. A client that left, or leaves too much of it unread, is forgotten, and its requests end."""
+        unread = self._watchers.get(client, 0) + len(frame)
+        if unread > wire.UNREAD_LIMIT:
+            self._drop(client)
+        elif not self._clients.send(client, frame):
             self._client_gone(client)
+        else:
+            if client in self._watchers:
+                self._watchers[client] = unread
+            return True
+        return False
+
+    def _drop(self, client: bytes) -> None:
+        """Give up a client that does not keep up. ZeroMQ cannot cut off one peer: it hears why after all it left."""
+        error = EngineDeadError(
+            f"more than {wire.UNREAD_LIMIT} bytes of answers were left unread, so this client was dropped and its "
+            "requests were aborted: connect again, and run fewer at a time or ask for fewer log-probabilities"
+        )
+        log.warning("client %s: %s", client.hex(), error)
+        self._client_gone(client)
+        self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
+
+    def _has_read(self, client: bytes, size: int) -> None:
+        if client in self._watchers:
+            self._watchers[client] = max(0, self._watchers[client] - size)
 
     def _send_stats(self, client: bytes) -> None:
         self._check_known(client)
-        self._clients.send(client, wire.encode(self._stats()))
+        self._to_client(client, wire.encode(self._stats()))
 
     def _check_known(self, client: bytes) -> None:
         if client not in self._watchers:
-            raise EngineDeadError("the connection was lost and its requests were ended: connect again")
+            raise EngineDeadError("this connection is new or was lost, and requests of a lost one ended: connect again")
 
     def _start_trace(self, client: bytes, message: wire.TraceSteps) -> None:
         self._check_known(client)
@@ -227,10 +256,10 @@ class Coordinator:
             self._last_ping = -_PING_SECONDS
 
     def _send_trace(self, trace: StepTrace) -> None:
-        if not self._clients.send(trace.client, wire.encode(trace.to_message())):
-            self._client_gone(trace.client)
+        self._to_client(trace.client, wire.encode(trace.to_message()))
 
     def _add(self, client: bytes, message: wire.AddRequest) -> None:
+        self._check_known(client)
         if self._scheduler is None:
             error: NanoVLLMError = EngineDeadError(f"the engine is {self._status.state}: wait until it is ready")
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
@@ -453,7 +482,7 @@ class Coordinator:
             for request in self._scheduler.requests():
                 self._scheduler.abort(request.key, reason)
                 self._outbox.finished(request, time.monotonic(), error)
-        self._outbox.send(self._clients.send)
+        self._outbox.send(self._to_client)
 
 
 def main() -> int:

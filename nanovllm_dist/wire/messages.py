@@ -17,9 +17,11 @@ from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import NanoVLLMError, WireError, error_from_code
 from nanovllm_dist.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 CLIENT_FRAME_LIMIT = 16 * 2**20
 RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
+UNREAD_LIMIT = 8 * RESULT_FRAME_LIMIT  # bytes queued for one client; it is dropped before there are more
+READ_REPORT = 2**20  # bytes that a client reads before it says so
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
 TRACE_LIMIT = 10_000  # steps of one trace
 CACHE_SALT_LIMIT = 256  # bytes of UTF-8; it is hashed whenever a waiting request is looked at
@@ -96,7 +98,8 @@ class Hello(_Message, frozen=True):
 
 
 class AddRequest(_Message, frozen=True):
-    """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only.
+    """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only, or by
+    ProtocolError where the client is not known (any more).
 
     `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
     """
@@ -134,7 +137,14 @@ class TraceSteps(_Message, frozen=True):
     skip: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
 
 
-ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps
+class FramesRead(_Message, frozen=True):
+    """The client has read frames of `size` bytes together since it last said so, or began. A client that has more than
+    UNREAD_LIMIT bytes to read is dropped: its requests end, and the last that it gets is ProtocolError."""
+
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps | FramesRead
 
 # --- coordinator -> client ---------------------------------------------------------------------------------
 

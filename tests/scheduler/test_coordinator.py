@@ -174,6 +174,7 @@ def test_requests_of_a_client_that_vanished_are_ended(tmp_path: Path) -> None:
     vanishing = Channel(context, engine.address, wire.CLIENT_FRAME_LIMIT, None)
     watching = engine.connect()
     add = wire.AddRequest(1, wire.pack_ints([1]), SamplingParams(max_tokens=None, ignore_eos=True))
+    vanishing.send(wire.encode(wire.Hello()))
     vanishing.send(wire.encode(add))
     assert vanishing.receive(5) is not None
     vanishing.close()
