@@ -57,7 +57,8 @@ class Coordinator:
         self.model = model
         self._context = zmq.Context()
         self._clients = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
-        self._workers = Server(self._context, spec.worker_endpoint, wire.RESULT_FRAME_LIMIT, spec.keys)
+        self._worker_frame_limit = wire.worker_frame_limit(spec.config)
+        self._workers = Server(self._context, spec.worker_endpoint, self._worker_frame_limit, spec.keys)
         self._identities = [wire.worker_identity(rank) for rank in range(spec.config.tensor_parallel_size)]
         self._startup = Startup(spec.config.tensor_parallel_size)
         self._status = wire.EngineStatus("starting", "start")
@@ -336,7 +337,7 @@ class Coordinator:
             self._warn(f"a frame from an unknown worker {identity.hex()} was dropped")
             return
         try:
-            message = wire.decode_from_worker(frame)
+            message = wire.decode_from_worker(frame, self._worker_frame_limit)
             if isinstance(message, wire.StepResult):
                 self._commit(message, answered)
             elif isinstance(message, wire.TracedSteps):

@@ -15,11 +15,11 @@ import msgspec
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import NanoVLLMError, WireError, error_from_code
-from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.sampling_params import MAX_LOGPROBS, SamplingParams
 
 PROTOCOL_VERSION = 4
 CLIENT_FRAME_LIMIT = 16 * 2**20
-RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
+RESULT_FRAME_LIMIT = 64 * 2**20  # to a client, or from a worker unless steps are large: see worker_frame_limit
 UNREAD_LIMIT = 8 * RESULT_FRAME_LIMIT  # bytes queued for one client; it is dropped before there are more
 READ_REPORT = 2**20  # bytes that a client reads before it says so
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
@@ -469,6 +469,7 @@ _client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decode
 _server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 _to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_RESULT_POSITION = 32  # the most bytes that a token of a step adds to its result, without log-probabilities
 
 
 def encode(message: _Message) -> bytes:
@@ -491,9 +492,14 @@ def decode_to_worker(frame: bytes) -> ToWorker:
     return _decode(_to_worker_decoder, frame, STEP_FRAME_LIMIT)
 
 
-def decode_from_worker(frame: bytes) -> FromWorker:
-    """Decode what a worker sent. Raises WireError."""
-    return _decode(_from_worker_decoder, frame, RESULT_FRAME_LIMIT)
+def decode_from_worker(frame: bytes, limit: int = RESULT_FRAME_LIMIT) -> FromWorker:
+    """Decode what a worker sent, at most `limit` bytes. Raises WireError."""
+    return _decode(_from_worker_decoder, frame, limit)
+
+
+def worker_frame_limit(config: EngineConfig) -> int:
+    """Bytes of the largest frame from a worker: every token of a step may ask for the most log-probabilities."""
+    return max(RESULT_FRAME_LIMIT, config.max_num_batched_tokens * (_RESULT_POSITION + 8 * (MAX_LOGPROBS + 1)))
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, limit: int) -> T:

@@ -49,6 +49,7 @@ class Rank(threading.Thread):
         self.worker = SimulatedWorker(block_size=4, budget=32)
         self.allocated = 0
         self.traced: list[wire.RankTimes] = []
+        self.prompt_logprobs: list[tuple[int, int, list[wire.TokenLogprobs]]] = []  # of the next step
         self.vanish = threading.Event()
         self.start()
 
@@ -78,9 +79,9 @@ class Rank(threading.Thread):
                 if message.traced:
                     self.traced.append(wire.RankTimes(message.step, received, received, time.monotonic()))
                 if self.rank == 0:
-                    channel.send(
-                        wire.encode(wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], []))
-                    )
+                    prompt, self.prompt_logprobs = self.prompt_logprobs, []
+                    result = wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], prompt)
+                    channel.send(wire.encode(result))
         channel.close()
         context.term()
 

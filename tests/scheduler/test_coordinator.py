@@ -370,3 +370,21 @@ def test_an_address_where_nothing_answers_is_an_error_within_the_timeout(tmp_pat
 def test_a_prompt_over_the_frame_limit_is_refused_before_it_is_sent(engine: Engine) -> None:
     with pytest.raises(WireError, match="over the limit"):
         submit(engine.connect(), [1] * (wire.CLIENT_FRAME_LIMIT // 4 + 1))
+
+
+def test_a_step_all_of_whose_tokens_want_the_most_logprobs_is_answered_whatever_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as small:
+        small.setattr(wire, "RESULT_FRAME_LIMIT", 1_000)
+        engine = Engine(tmp_path)
+    connection = engine.connect()
+    most = wire.TokenLogprobs(bytes(4 * 65), bytes(4 * 65), 2**31 - 1)
+    engine.ranks[0].prompt_logprobs = [(0, 1, [most] * 31)]
+
+    _, sink = submit(connection, [1] * 32, max_tokens=3, prompt_logprobs=64)
+
+    end = sink.wait()
+    assert isinstance(end, wire.Finished)
+    assert (end.reason, sink.tokens) == ("length", output_of([1] * 32, 3))
+    engine.stop()
