@@ -27,7 +27,7 @@ from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.plan import Committed
 from nanovllm_dist.scheduler.request import Request
-from nanovllm_dist.scheduler.request_limits import check_limits
+from nanovllm_dist.scheduler.request_limits import check_limits, without_texts
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
@@ -267,7 +267,7 @@ class Coordinator:
             return
         if self._scheduler.get((client, message.id)) is not None:
             raise WireError(f"request id {message.id} is already running")
-        params = message.params
+        params = without_texts(message.params)
         try:
             check_limits(message)
             request = Request(

@@ -47,7 +47,7 @@ class Rank(threading.Thread):
         super().__init__(daemon=True)
         self.endpoint, self.rank, self.num_blocks, self.step_seconds = endpoint, rank, num_blocks, step_seconds
         self.worker = SimulatedWorker(block_size=4, budget=32)
-        self.allocated = 0
+        self.allocated = self.largest_frame = 0
         self.traced: list[wire.RankTimes] = []
         self.prompt_logprobs: list[tuple[int, int, list[wire.TokenLogprobs]]] = []  # of the next step
         self.vanish = threading.Event()
@@ -63,6 +63,7 @@ class Rank(threading.Thread):
             frame = channel.receive(0.05)
             if frame is None:
                 continue
+            self.largest_frame = max(self.largest_frame, len(frame))
             message = wire.decode_to_worker(frame)
             if isinstance(message, wire.Shutdown):
                 break

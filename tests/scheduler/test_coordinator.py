@@ -388,3 +388,13 @@ def test_a_step_all_of_whose_tokens_want_the_most_logprobs_is_answered_whatever_
     assert isinstance(end, wire.Finished)
     assert (end.reason, sink.tokens) == ("length", output_of([1] * 32, 3))
     engine.stop()
+
+
+def test_texts_that_are_the_clients_matter_do_not_make_steps_larger(engine: Engine) -> None:
+    texts = {"stop": ["x" * 4000] * 60, "include_stop_str_in_output": True, "bad_words": ["y" * 4000] * 60}
+    connection = engine.connect()
+    sinks = [submit(connection, [index], max_tokens=4, **texts)[1] for index in range(8)]
+    for index, sink in enumerate(sinks):
+        sink.wait()
+        assert sink.tokens == output_of([index], 4)
+    assert engine.ranks[0].largest_frame < 4000
