@@ -23,6 +23,7 @@ import zmq
 from nanovllm_dist import __version__
 from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
+from nanovllm_dist.scheduler.clients import Clients
 from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.plan import Committed
@@ -42,7 +43,6 @@ log = logging.getLogger("coordinator")
 _POLL_MS = 200
 _PING_SECONDS = 1.0
 _EPOCH = 0
-_MAX_WATCHERS = 1024
 # Clients that never pause must not keep steps and results waiting
 _FRAMES_PER_TURN = 256
 _WARNINGS_AT_ONCE = 10
@@ -56,13 +56,13 @@ class Coordinator:
         self.config = spec.config
         self.model = model
         self._context = zmq.Context()
-        self._clients = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
+        self._client_server = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
+        self._clients = Clients(self._client_server.send, self._client_gone)
         self._worker_frame_limit = wire.worker_frame_limit(spec.config)
         self._workers = Server(self._context, spec.worker_endpoint, self._worker_frame_limit, spec.keys)
         self._identities = [wire.worker_identity(rank) for rank in range(spec.config.tensor_parallel_size)]
         self._startup = Startup(spec.config.tensor_parallel_size)
         self._status = wire.EngineStatus("starting", "start")
-        self._watchers: dict[bytes, int] = {}  # bytes that each client has not read yet
         self._scheduler: Scheduler | None = None
         self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
@@ -78,7 +78,9 @@ class Coordinator:
     @property
     def listening(self) -> wire.CoordinatorListening:
         """The endpoints really bound."""
-        return wire.CoordinatorListening(client_endpoint=self._clients.endpoint, worker_endpoint=self._workers.endpoint)
+        return wire.CoordinatorListening(
+            client_endpoint=self._client_server.endpoint, worker_endpoint=self._workers.endpoint
+        )
 
     def stop(self) -> None:
         """End every request with `abort` and leave, at the next turn of the loop."""
@@ -88,7 +90,7 @@ class Coordinator:
     def run(self) -> int:
         """Serve until stopped or a rank is lost."""
         poller = zmq.Poller()
-        poller.register(self._clients.socket, zmq.POLLIN)
+        poller.register(self._client_server.socket, zmq.POLLIN)
         poller.register(self._workers.socket, zmq.POLLIN)
         try:
             while self._exit_code is None:
@@ -96,7 +98,7 @@ class Coordinator:
                 self._turn(time.monotonic())
             self._leave()
         finally:
-            self._clients.close()
+            self._client_server.close()
             self._workers.close()
             self._context.term()
         return self._exit_code
@@ -115,7 +117,7 @@ class Coordinator:
                 if self._trace is not None:
                     self._trace.delivered(left, woke)
         for _ in range(_FRAMES_PER_TURN):
-            if (received := self._clients.receive()) is None:
+            if (received := self._client_server.receive()) is None:
                 break
             self._from_client(*received)
         self._plan_steps()
@@ -153,7 +155,7 @@ class Coordinator:
         self._send_outputs()
 
     def _send_outputs(self) -> None:
-        self._outbox.send(self._to_client)
+        self._outbox.send(self._clients.send)
 
     # --- clients -------------------------------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ class Coordinator:
             elif isinstance(message, wire.TraceSteps):
                 self._start_trace(client, message)
             elif isinstance(message, wire.FramesRead):
-                self._has_read(client, message.size)
+                self._clients.has_read(client, message.size)
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
@@ -190,61 +192,19 @@ class Coordinator:
 
     def _protocol_error(self, client: bytes, error: NanoVLLMError) -> None:
         self._warn(f"client {client.hex()}: {error}")
-        self._to_client(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
+        self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
 
     def _hello(self, client: bytes, message: wire.Hello) -> None:
         if message.protocol != wire.PROTOCOL_VERSION:
             raise WireError(f"protocol {message.protocol} is not {wire.PROTOCOL_VERSION}: use matching versions")
-        if client not in self._watchers:
-            if len(self._watchers) >= _MAX_WATCHERS:
-                self._forget_clients_that_left()
-            if len(self._watchers) >= _MAX_WATCHERS:
-                raise WireError(f"{_MAX_WATCHERS} clients are connected already")
-            self._watchers[client] = 0
-        self._to_client(client, wire.encode(self._status))
-
-    def _forget_clients_that_left(self) -> None:
-        frame = wire.encode(self._status)
-        for client in list(self._watchers):
-            self._to_client(client, frame)
-
-    def _to_client(self, client: bytes, frame: bytes) -> bool:
-        """Queue a frame. A client that left, or leaves too much of it unread, is forgotten, and its requests end."""
-        unread = self._watchers.get(client, 0) + len(frame)
-        if unread > wire.UNREAD_LIMIT:
-            self._drop(client)
-        elif not self._clients.send(client, frame):
-            self._client_gone(client)
-        else:
-            if client in self._watchers:
-                self._watchers[client] = unread
-            return True
-        return False
-
-    def _drop(self, client: bytes) -> None:
-        """Give up a client that does not keep up. ZeroMQ cannot cut off one peer: it hears why after all it left."""
-        error = EngineDeadError(
-            f"more than {wire.UNREAD_LIMIT} bytes of answers were left unread, so this client was dropped and its "
-            "requests were aborted: connect again, and run fewer at a time or ask for fewer log-probabilities"
-        )
-        log.warning("client %s: %s", client.hex(), error)
-        self._client_gone(client)
-        self._clients.send(client, wire.encode(wire.ProtocolError(wire.ErrorInfo.of(error))))
-
-    def _has_read(self, client: bytes, size: int) -> None:
-        if client in self._watchers:
-            self._watchers[client] = max(0, self._watchers[client] - size)
+        self._clients.welcome(client, wire.encode(self._status))
 
     def _send_stats(self, client: bytes) -> None:
-        self._check_known(client)
-        self._to_client(client, wire.encode(self._stats()))
-
-    def _check_known(self, client: bytes) -> None:
-        if client not in self._watchers:
-            raise EngineDeadError("this connection is new or was lost, and requests of a lost one ended: connect again")
+        self._clients.check_known(client)
+        self._clients.send(client, wire.encode(self._stats()))
 
     def _start_trace(self, client: bytes, message: wire.TraceSteps) -> None:
-        self._check_known(client)
+        self._clients.check_known(client)
         if self._trace is not None:
             self._send_trace(self._trace)
         self._trace = StepTrace(client, message.count, message.skip, len(self._startup.ranks))
@@ -257,10 +217,10 @@ class Coordinator:
             self._last_ping = -_PING_SECONDS
 
     def _send_trace(self, trace: StepTrace) -> None:
-        self._to_client(trace.client, wire.encode(trace.to_message()))
+        self._clients.send(trace.client, wire.encode(trace.to_message()))
 
     def _add(self, client: bytes, message: wire.AddRequest) -> None:
-        self._check_known(client)
+        self._clients.check_known(client)
         if self._scheduler is None:
             error: NanoVLLMError = EngineDeadError(f"the engine is {self._status.state}: wait until it is ready")
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
@@ -292,8 +252,9 @@ class Coordinator:
                 if request is not None:
                     self._outbox.finished(request, time.monotonic())
 
-    def _client_gone(self, client: bytes) -> None:
-        self._watchers.pop(client, None)
+    def _client_gone(self, client: bytes, error: NanoVLLMError | None) -> None:
+        if error is not None:
+            log.warning("client %s: %s", client.hex(), error)
         if self._scheduler is not None:
             for request in self._scheduler.requests():
                 if request.key[0] == client:
@@ -303,7 +264,7 @@ class Coordinator:
         if status == self._status:
             return
         self._status = status
-        self._forget_clients_that_left()
+        self._clients.send_all(wire.encode(status))
 
     def _stats(self) -> wire.EngineStats:
         scheduler = self._scheduler
@@ -483,7 +444,7 @@ class Coordinator:
             for request in self._scheduler.requests():
                 self._scheduler.abort(request.key, reason)
                 self._outbox.finished(request, time.monotonic(), error)
-        self._outbox.send(self._to_client)
+        self._outbox.send(self._clients.send)
 
 
 def main() -> int:

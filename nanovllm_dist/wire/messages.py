@@ -6,9 +6,6 @@ travel as packed little-endian int32 bytes, and steps as deltas. Nothing here kn
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -16,6 +13,8 @@ import msgspec
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import NanoVLLMError, WireError, error_from_code
 from nanovllm_dist.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanovllm_dist.wire.packed_ints import pack_ints as pack_ints
+from nanovllm_dist.wire.packed_ints import unpack_ints as unpack_ints
 
 PROTOCOL_VERSION = 4
 CLIENT_FRAME_LIMIT = 16 * 2**20
@@ -33,27 +32,6 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
 
 class _Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of what is nested in messages."""
-
-
-# --- packed integers ---------------------------------------------------------------------------------------
-
-
-def pack_ints(values: Iterable[int]) -> bytes:
-    """Pack integers as little-endian int32."""
-    packed = array("i", values)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_ints(data: bytes) -> list[int]:
-    """The inverse of `pack_ints`. Raises WireError when `data` is not a whole number of int32."""
-    if len(data) % 4:
-        raise WireError(f"{len(data)} bytes are not a whole number of int32 values")
-    packed = array("i", data)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tolist()
 
 
 # --- shared parts ------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def test_malformed_bad_words_never_reach_a_worker(engine: Engine, bad_words: lis
 
 
 def test_clients_that_left_make_room_for_new_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm_dist.scheduler.coordinator._MAX_WATCHERS", 4)
+    monkeypatch.setattr("nanovllm_dist.scheduler.clients._MAX_CLIENTS", 4)
     for _ in range(12):
         Connection(engine.address).close()
     staying = [engine.connect() for _ in range(4)]
@@ -338,7 +338,7 @@ def test_a_client_whose_connection_was_lost_and_renewed_is_told(
     monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.2)
     engine = Engine(tmp_path)
     connection = engine.connect()
-    engine.coordinator._watchers.clear()  # as after a reconnect, which comes with a new identity
+    engine.coordinator._clients._unread.clear()  # as after a reconnect, which comes with a new identity
     connection._sinks[7] = sink = Sink()
     end = sink.wait()
     assert isinstance(end, EngineDeadError)

@@ -156,7 +156,7 @@ def test_a_client_whose_connection_was_renewed_while_it_asked_nothing_goes_on(
 ) -> None:
     connection = engine.connect()
     monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.1)
-    engine.coordinator._watchers.clear()  # as after a reconnect, which comes with a new identity
+    engine.coordinator._clients._unread.clear()  # as after a reconnect, which comes with a new identity
     time.sleep(0.2)
     _, sink = submit(connection, [3], max_tokens=5)
     sink.wait()
