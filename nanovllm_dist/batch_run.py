@@ -15,14 +15,19 @@ from nanovllm_dist.generation import Generation
 from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.progress import TokenProgress
 
+OnOutput = Callable[[int, RequestOutput], None]
 _RETRY_SECONDS = 0.1
 
 
 class BatchRun:
-    """One batch. `max_queued`: answers that the engine's queue holds; `return_errors`: an error is an output too."""
+    """One batch. `max_queued`: answers that the engine's queue holds; `return_errors`: an error is an output too;
+    `on_output`: is told each prompt's index and output when it has ended."""
 
-    def __init__(self, max_queued: int, return_errors: bool, progress: TokenProgress) -> None:
+    def __init__(
+        self, max_queued: int, return_errors: bool, progress: TokenProgress, on_output: OnOutput | None = None
+    ) -> None:
         self._max_queued, self._return_errors, self._progress = max_queued, return_errors, progress
+        self._on_output = on_output
         self._done: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
         self._waiting: deque[tuple[int, Generation]] = deque()
         self._outputs: dict[int, RequestOutput] = {}
@@ -47,7 +52,7 @@ class BatchRun:
         """
         for index, one in enumerate(generations):
             if isinstance(one, RequestOutput):
-                self._outputs[index] = one
+                self._ended(index, one)
             else:
                 self._waiting.append((index, one))
         while self._waiting or self._outstanding:
@@ -89,6 +94,8 @@ class BatchRun:
             raise at_prompt(index, output.error) from None
         self._outputs[index] = output
         self._progress.finished(output)
+        if self._on_output is not None:
+            self._on_output(index, output)
 
 
 def at_prompt(index: int, error: NanoVLLMError) -> NanoVLLMError:

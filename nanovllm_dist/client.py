@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from nanovllm_dist.batch_run import BatchRun, at_prompt
+from nanovllm_dist.batch_run import BatchRun, OnOutput, at_prompt
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
 from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError
@@ -99,20 +99,22 @@ class DistLLM:
         priority: int = 0,
         cache_salt: str = "",
         return_errors: bool = False,
+        on_output: OnOutput | None = None,
     ) -> list[RequestOutput]:
         """Run all prompts and return their outputs in order.
 
         A prompt is text or a list of token ids. `sampling_params` is one for all, or one for each.
         A prompt that is refused raises its typed error and ends the others, unless `return_errors`: then its
         output has finish_reason `error` and `error` set, and so have those that an engine which died left without an
-        answer. Ctrl-C ends all of them before it is raised.
+        answer. `on_output` is called on this thread with the index and the output of each prompt as it ends. Ctrl-C, or
+        what `on_output` raises, ends all of them before it is raised.
 
         Raises InvalidRequestError (also when the lengths differ), EngineDeadError, WireError for one too large to send.
         """
         batch = _as_batch(prompts)
         params = _params_for(batch, sampling_params)
         with TokenProgress(len(batch), enabled=use_tqdm) as progress:
-            run = BatchRun(self.info.max_queued, return_errors, progress)
+            run = BatchRun(self.info.max_queued, return_errors, progress, on_output)
             generations: list[Generation | RequestOutput] = []
             for index, (prompt, one) in enumerate(zip(batch, params, strict=True)):
                 try:

@@ -89,7 +89,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require(0 <= self.port < 65536, "port", self.port, "between 0 and 65535")
         _require(self.startup_timeout > 0, "startup_timeout", self.startup_timeout, "positive seconds")
         _require(0 <= self.step_timeout < math.inf, "step_timeout", self.step_timeout, "0 (none) or positive seconds")
-        _require(self.num_blocks != 1, "num_blocks", self.num_blocks, "0 (automatic) or at least 2: one is for padding")
+        _require(self.max_model_len != 1, "max_model_len", 1, "0 (the model's) or at least 2: a prompt and an answer")
+        least = self.least_blocks
+        wanted = f"0 (automatic) or at least {least}: one is for padding, and the shortest request takes 2 tokens"
+        if self.block_size == 1:
+            wanted += ", with block_size=1 a block each"
+        _require(not self.num_blocks or self.num_blocks >= least, "num_blocks", self.num_blocks, wanted)
         if self.num_blocks and self.kv_cache_memory:
             raise ConfigError("num_blocks and kv_cache_memory both size the KV cache: give one of them")
         if self.ray_address and self.launcher == "local":
@@ -109,6 +114,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             msgspec.convert(msgspec.structs.asdict(self), _TypesOnly)
         except msgspec.ValidationError as error:
             raise ConfigError(f"engine options: {error}") from None
+
+    @property
+    def least_blocks(self) -> int:
+        """Blocks of the smallest cache that serves anything: one for padding, the others for one prompt token and one
+        generated."""
+        return 1 + -(-2 // (self.block_size or 2))
 
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed, validated again."""

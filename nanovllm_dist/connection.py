@@ -74,6 +74,7 @@ class Connection:
         self._closing = False
         self._lock = threading.RLock()  # garbage collection may abort a request while this thread holds it
         self._last_heard = time.monotonic()
+        self._unreported = 0  # bytes read that the engine has not been told of
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = Channel(self._context, address, wire.RESULT_FRAME_LIMIT, _read_keys(address, key_file))
         self._wakeup = Wakeup(self._context)
@@ -158,8 +159,11 @@ class Connection:
         with self._lock:
             if self._error is not None:
                 raise self._error
+            now = time.monotonic()
             if not self._sinks:
-                self._last_heard = time.monotonic()
+                if now - self._last_heard > _PROBE_AFTER_SECONDS:
+                    self._send(wire.Hello())  # the connection may have been renewed meanwhile, as one not yet known
+                self._last_heard = now
             self._sinks[request_id] = sink
         self._queue(frame)
 
@@ -246,6 +250,7 @@ class Connection:
                     # an engine that never pauses must not keep what is to be sent, or the end, waiting
                     while not self._closing and (frame := self._channel.receive(0)) is not None:
                         self._receive(frame)
+                        self._report_read(len(frame))
                         self._flush()
                 self._watch()
             self._flush()
@@ -281,6 +286,13 @@ class Connection:
                 _settle(self._traces.popleft(), message)
         else:
             self.fail(error_from_code(message.error.code, message.error.message))
+
+    def _report_read(self, size: int) -> None:
+        """Say now and then how much has been read: the engine drops a client that does not keep up."""
+        self._unreported += size
+        if self._unreported >= wire.READ_REPORT:
+            self._outgoing.append(wire.encode(wire.FramesRead(self._unreported)))
+            self._unreported = 0
 
     def _outputs(self, message: wire.Outputs) -> None:
         logprobs = dict(message.logprobs)

@@ -117,6 +117,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.allowed_token_ids is not None:
             _require(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "a non-empty list, or None for all")
         if self.logit_bias is not None:
+            _require(
+                len(self.logit_bias) <= MAX_LIST, "logit_bias", len(self.logit_bias), f"at most {MAX_LIST} entries"
+            )
             for token, bias in self.logit_bias.items():
                 _require(
                     token >= 0 and _finite(bias, -100.0, 100.0), "logit_bias", {token: bias}, "biases in [-100, 100]"

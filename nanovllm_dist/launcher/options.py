@@ -44,7 +44,11 @@ PromptsFile = Annotated[
 Output = Annotated[
     str | None,
     typer.Option(
-        "--output", "-o", metavar="JSONL", help="Where the answers to --prompts-file go (stdout).", rich_help_panel=_RUN
+        "--output",
+        "-o",
+        metavar="JSONL",
+        help="Where the answers to --prompts-file go (stdout); JSONL.part until all are there.",
+        rich_help_panel=_RUN,
     ),
 ]
 Chat = Annotated[bool | None, typer.Option("--chat", help="Talk to the model in this terminal.", rich_help_panel=_RUN)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from nanovllm_dist.batch_run import OnOutput
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.errors import NanoVLLMError
 from nanovllm_dist.launcher.engine import Engine
@@ -28,10 +29,8 @@ def run_jobs(engine: Engine, mode: Mode, jobs: list[Job]) -> None:
         prompts = [_prepared(llm, job, mode.raw) for job in jobs]
         started = time.monotonic()
         if mode.prompts_file:
-            outputs = _answer_all(llm, prompts, jobs)
             with _writer(mode.output) as file:
-                for job, output in zip(jobs, outputs, strict=True):
-                    file.write(json.dumps(_record(job, output), ensure_ascii=False) + "\n")
+                outputs = _answer_all(llm, prompts, jobs, _LinesInOrder(jobs, file).put)
         elif len(jobs) == 1:
             outputs = [_stream(llm, prompts[0], jobs[0])]
         else:
@@ -60,13 +59,49 @@ def _prepared(llm: DistLLM, job: Job, raw: bool) -> Any:
         return error
 
 
-def _answer_all(llm: DistLLM, prompts: list[Any], jobs: list[Job]) -> list[RequestOutput]:
-    """An output for each job, in order; where there is an error in place of a prompt, that."""
-    runnable = {index: prompt for index, prompt in enumerate(prompts) if not isinstance(prompt, NanoVLLMError)}
-    params = [jobs[index].params for index in runnable]
-    answers = llm.generate(list(runnable.values()), params, use_tqdm=sys.stderr.isatty(), return_errors=True)
-    outputs = dict(zip(runnable, answers, strict=True))
-    return [outputs.get(index) or RequestOutput.refused(None, [], prompt) for index, prompt in enumerate(prompts)]
+def _answer_all(
+    llm: DistLLM, prompts: list[Any], jobs: list[Job], on_output: OnOutput = lambda index, output: None
+) -> list[RequestOutput]:
+    """An output for each job, in order; an error in place of a prompt becomes one too. `on_output` is told each with
+    the index of its job, as it comes."""
+    outputs: dict[int, RequestOutput] = {}
+
+    def keep(index: int, output: RequestOutput) -> None:
+        outputs[index] = output
+        on_output(index, output)
+
+    runnable = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, NanoVLLMError):
+            keep(index, RequestOutput.refused(None, [], prompt))
+        else:
+            runnable.append(index)
+    llm.generate(
+        [prompts[index] for index in runnable],
+        [jobs[index].params for index in runnable],
+        use_tqdm=sys.stderr.isatty(),
+        return_errors=True,
+        on_output=lambda place, output: keep(runnable[place], output),
+    )
+    return [outputs[index] for index in range(len(prompts))]
+
+
+class _LinesInOrder:
+    """Writes a line for each job, in their order, each as soon as those before it are written."""
+
+    def __init__(self, jobs: list[Job], file: TextIO) -> None:
+        self._jobs, self._file = jobs, file
+        self._early: dict[int, RequestOutput] = {}
+        self._next = 0
+
+    def put(self, index: int, output: RequestOutput) -> None:
+        """The output of one job."""
+        self._early[index] = output
+        while self._next in self._early:
+            record = _record(self._jobs[self._next], self._early.pop(self._next))
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._next += 1
+        self._file.flush()
 
 
 def _stream(llm: DistLLM, prompt: Any, job: Job) -> RequestOutput:
@@ -89,13 +124,17 @@ def _stream(llm: DistLLM, prompt: Any, job: Job) -> RequestOutput:
 
 @contextlib.contextmanager
 def _writer(path: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears under its name when it is complete."""
+    """Standard output, or a file that appears under its name when it is complete, and is NAME.part until then."""
     if path is None:
         yield sys.stdout
         return
     partial = Path(f"{path}.part")
-    with partial.open("w", encoding="utf-8") as file:
-        yield file
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+    except BaseException:
+        sys.stderr.write(f"what was answered until now, in order, is in {partial}\n")
+        raise
     os.replace(partial, path)
 
 

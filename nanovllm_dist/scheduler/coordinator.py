@@ -23,11 +23,12 @@ import zmq
 from nanovllm_dist import __version__
 from nanovllm_dist.errors import EngineDeadError, InvalidRequestError, NanoVLLMError, WireError
 from nanovllm_dist.models.config import ModelConfig, read_model_config
+from nanovllm_dist.scheduler.clients import Clients
 from nanovllm_dist.scheduler.log_limit import LogLimit
 from nanovllm_dist.scheduler.outbox import Outbox
 from nanovllm_dist.scheduler.plan import Committed
 from nanovllm_dist.scheduler.request import Request
-from nanovllm_dist.scheduler.request_limits import check_limits
+from nanovllm_dist.scheduler.request_limits import check_limits, without_texts
 from nanovllm_dist.scheduler.scheduler import Scheduler
 from nanovllm_dist.scheduler.startup import Startup
 from nanovllm_dist.scheduler.step_clock import StepClock
@@ -42,7 +43,6 @@ log = logging.getLogger("coordinator")
 _POLL_MS = 200
 _PING_SECONDS = 1.0
 _EPOCH = 0
-_MAX_WATCHERS = 1024
 # Clients that never pause must not keep steps and results waiting
 _FRAMES_PER_TURN = 256
 _WARNINGS_AT_ONCE = 10
@@ -56,12 +56,13 @@ class Coordinator:
         self.config = spec.config
         self.model = model
         self._context = zmq.Context()
-        self._clients = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
-        self._workers = Server(self._context, spec.worker_endpoint, wire.RESULT_FRAME_LIMIT, spec.keys)
+        self._client_server = Server(self._context, spec.client_endpoint, wire.CLIENT_FRAME_LIMIT, spec.keys)
+        self._clients = Clients(self._client_server.send, self._client_gone)
+        self._worker_frame_limit = wire.worker_frame_limit(spec.config)
+        self._workers = Server(self._context, spec.worker_endpoint, self._worker_frame_limit, spec.keys)
         self._identities = [wire.worker_identity(rank) for rank in range(spec.config.tensor_parallel_size)]
         self._startup = Startup(spec.config.tensor_parallel_size)
         self._status = wire.EngineStatus("starting", "start")
-        self._watchers: dict[bytes, None] = {}
         self._scheduler: Scheduler | None = None
         self._committed: list[tuple[Committed, dict[int, wire.TokenLogprobs], float]] = []
         self._outbox = Outbox()
@@ -77,7 +78,9 @@ class Coordinator:
     @property
     def listening(self) -> wire.CoordinatorListening:
         """The endpoints really bound."""
-        return wire.CoordinatorListening(client_endpoint=self._clients.endpoint, worker_endpoint=self._workers.endpoint)
+        return wire.CoordinatorListening(
+            client_endpoint=self._client_server.endpoint, worker_endpoint=self._workers.endpoint
+        )
 
     def stop(self) -> None:
         """End every request with `abort` and leave, at the next turn of the loop."""
@@ -87,7 +90,7 @@ class Coordinator:
     def run(self) -> int:
         """Serve until stopped or a rank is lost."""
         poller = zmq.Poller()
-        poller.register(self._clients.socket, zmq.POLLIN)
+        poller.register(self._client_server.socket, zmq.POLLIN)
         poller.register(self._workers.socket, zmq.POLLIN)
         try:
             while self._exit_code is None:
@@ -95,7 +98,7 @@ class Coordinator:
                 self._turn(time.monotonic())
             self._leave()
         finally:
-            self._clients.close()
+            self._client_server.close()
             self._workers.close()
             self._context.term()
         return self._exit_code
@@ -114,7 +117,7 @@ class Coordinator:
                 if self._trace is not None:
                     self._trace.delivered(left, woke)
         for _ in range(_FRAMES_PER_TURN):
-            if (received := self._clients.receive()) is None:
+            if (received := self._client_server.receive()) is None:
                 break
             self._from_client(*received)
         self._plan_steps()
@@ -152,8 +155,7 @@ class Coordinator:
         self._send_outputs()
 
     def _send_outputs(self) -> None:
-        for client in self._outbox.send(self._clients.send):
-            self._client_gone(client)
+        self._outbox.send(self._clients.send)
 
     # --- clients -------------------------------------------------------------------------------------------
 
@@ -172,6 +174,8 @@ class Coordinator:
                 self._send_stats(client)
             elif isinstance(message, wire.TraceSteps):
                 self._start_trace(client, message)
+            elif isinstance(message, wire.FramesRead):
+                self._clients.has_read(client, message.size)
             else:
                 self._hello(client, message)
         except (WireError, EngineDeadError) as error:
@@ -193,28 +197,14 @@ class Coordinator:
     def _hello(self, client: bytes, message: wire.Hello) -> None:
         if message.protocol != wire.PROTOCOL_VERSION:
             raise WireError(f"protocol {message.protocol} is not {wire.PROTOCOL_VERSION}: use matching versions")
-        if len(self._watchers) >= _MAX_WATCHERS:
-            self._forget_clients_that_left()
-        if len(self._watchers) >= _MAX_WATCHERS:
-            raise WireError(f"{_MAX_WATCHERS} clients are connected already")
-        self._watchers[client] = None
-        self._clients.send(client, wire.encode(self._status))
-
-    def _forget_clients_that_left(self) -> None:
-        frame = wire.encode(self._status)
-        for client in [c for c in self._watchers if not self._clients.send(c, frame)]:
-            self._client_gone(client)
+        self._clients.welcome(client, wire.encode(self._status))
 
     def _send_stats(self, client: bytes) -> None:
-        self._check_known(client)
+        self._clients.check_known(client)
         self._clients.send(client, wire.encode(self._stats()))
 
-    def _check_known(self, client: bytes) -> None:
-        if client not in self._watchers:
-            raise EngineDeadError("the connection was lost and its requests were ended: connect again")
-
     def _start_trace(self, client: bytes, message: wire.TraceSteps) -> None:
-        self._check_known(client)
+        self._clients.check_known(client)
         if self._trace is not None:
             self._send_trace(self._trace)
         self._trace = StepTrace(client, message.count, message.skip, len(self._startup.ranks))
@@ -227,17 +217,17 @@ class Coordinator:
             self._last_ping = -_PING_SECONDS
 
     def _send_trace(self, trace: StepTrace) -> None:
-        if not self._clients.send(trace.client, wire.encode(trace.to_message())):
-            self._client_gone(trace.client)
+        self._clients.send(trace.client, wire.encode(trace.to_message()))
 
     def _add(self, client: bytes, message: wire.AddRequest) -> None:
+        self._clients.check_known(client)
         if self._scheduler is None:
             error: NanoVLLMError = EngineDeadError(f"the engine is {self._status.state}: wait until it is ready")
             self._outbox.refused(client, message.id, wire.ErrorInfo.of(error))
             return
         if self._scheduler.get((client, message.id)) is not None:
             raise WireError(f"request id {message.id} is already running")
-        params = message.params
+        params = without_texts(message.params)
         try:
             check_limits(message)
             request = Request(
@@ -262,8 +252,9 @@ class Coordinator:
                 if request is not None:
                     self._outbox.finished(request, time.monotonic())
 
-    def _client_gone(self, client: bytes) -> None:
-        self._watchers.pop(client, None)
+    def _client_gone(self, client: bytes, error: NanoVLLMError | None) -> None:
+        if error is not None:
+            log.warning("client %s: %s", client.hex(), error)
         if self._scheduler is not None:
             for request in self._scheduler.requests():
                 if request.key[0] == client:
@@ -273,7 +264,7 @@ class Coordinator:
         if status == self._status:
             return
         self._status = status
-        self._forget_clients_that_left()
+        self._clients.send_all(wire.encode(status))
 
     def _stats(self) -> wire.EngineStats:
         scheduler = self._scheduler
@@ -307,7 +298,7 @@ class Coordinator:
             self._warn(f"a frame from an unknown worker {identity.hex()} was dropped")
             return
         try:
-            message = wire.decode_from_worker(frame)
+            message = wire.decode_from_worker(frame, self._worker_frame_limit)
             if isinstance(message, wire.StepResult):
                 self._commit(message, answered)
             elif isinstance(message, wire.TracedSteps):

@@ -72,16 +72,14 @@ class Outbox:
         """A request that was never queued."""
         self._end(client, Finished(request_id, "error", RequestTimes(-1.0, -1.0, 0.0, 0, 0), None, error))
 
-    def send(self, send: Callable[[bytes, bytes], bool]) -> list[bytes]:
-        """Hand each client's messages to `send(identity, frame)`; returns the clients that are gone."""
-        gone = [
-            client
-            for client, last in self._open.items()
-            if not all(send(client, _frame(parcel)) for parcel in [*self._full.get(client, ()), last])
-        ]
+    def send(self, send: Callable[[bytes, bytes], bool]) -> None:
+        """Hand each client's messages to `send(identity, frame)`, until it says that the client is gone."""
+        for client, last in self._open.items():
+            for parcel in [*self._full.get(client, ()), last]:
+                if not send(client, _frame(parcel)):
+                    break
         self._full.clear()
         self._open.clear()
-        return gone
 
     def _end(self, client: bytes, finished: Finished) -> None:
         text = 0 if finished.error is None else len(finished.error.code) + 4 * len(finished.error.message)

@@ -1,12 +1,14 @@
-"""What one request may carry: limits that keep its cost from everybody else. Pure.
+"""What one request may carry, and what of it workers are told: limits that keep its cost from everybody else. Pure.
 
 What depends on the model or on the cache (vocabulary, lengths) is the scheduler's to check.
 """
 
 from __future__ import annotations
 
+import msgspec
+
 from nanovllm_dist.errors import InvalidRequestError
-from nanovllm_dist.sampling_params import MAX_LIST
+from nanovllm_dist.sampling_params import MAX_LIST, SamplingParams
 from nanovllm_dist.scheduler.outbox import bytes_of_prompt_logprobs
 from nanovllm_dist.wire.messages import CACHE_SALT_LIMIT, RESULT_FRAME_LIMIT, AddRequest
 
@@ -25,6 +27,14 @@ def check_limits(message: AddRequest, frame_limit: int = RESULT_FRAME_LIMIT) -> 
         raise InvalidRequestError(f"cache_salt: {salt} bytes are more than {CACHE_SALT_LIMIT}: use a name or a hash")
     _check_bad_words(message.bad_words)
     _check_prompt_logprobs(len(message.prompt) // 4, message.params.prompt_logprobs, frame_limit)
+
+
+def without_texts(params: SamplingParams) -> SamplingParams:
+    """`params` as workers need them. Texts are the client's matter, and those of many requests would outgrow a step's
+    frame; the rest is below 2 MiB beside the prompt, with a vocabulary of 152k."""
+    if not (params.stop_strings or params.bad_words):
+        return params
+    return msgspec.structs.replace(params, stop=None, include_stop_str_in_output=False, bad_words=())
 
 
 def _check_bad_words(bad_words: list[bytes]) -> None:

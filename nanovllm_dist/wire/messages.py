@@ -6,20 +6,21 @@ travel as packed little-endian int32 bytes, and steps as deltas. Nothing here kn
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import msgspec
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import NanoVLLMError, WireError, error_from_code
-from nanovllm_dist.sampling_params import SamplingParams
+from nanovllm_dist.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanovllm_dist.wire.packed_ints import pack_ints as pack_ints
+from nanovllm_dist.wire.packed_ints import unpack_ints as unpack_ints
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 CLIENT_FRAME_LIMIT = 16 * 2**20
-RESULT_FRAME_LIMIT = 64 * 2**20  # from a worker, or to a client
+RESULT_FRAME_LIMIT = 64 * 2**20  # to a client, or from a worker unless steps are large: see worker_frame_limit
+UNREAD_LIMIT = 8 * RESULT_FRAME_LIMIT  # bytes queued for one client; it is dropped before there are more
+READ_REPORT = 2**20  # bytes that a client reads before it says so
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
 TRACE_LIMIT = 10_000  # steps of one trace
 CACHE_SALT_LIMIT = 256  # bytes of UTF-8; it is hashed whenever a waiting request is looked at
@@ -31,27 +32,6 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_un
 
 class _Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of what is nested in messages."""
-
-
-# --- packed integers ---------------------------------------------------------------------------------------
-
-
-def pack_ints(values: Iterable[int]) -> bytes:
-    """Pack integers as little-endian int32."""
-    packed = array("i", values)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_ints(data: bytes) -> list[int]:
-    """The inverse of `pack_ints`. Raises WireError when `data` is not a whole number of int32."""
-    if len(data) % 4:
-        raise WireError(f"{len(data)} bytes are not a whole number of int32 values")
-    packed = array("i", data)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tolist()
 
 
 # --- shared parts ------------------------------------------------------------------------------------------
@@ -96,7 +76,8 @@ class Hello(_Message, frozen=True):
 
 
 class AddRequest(_Message, frozen=True):
-    """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only.
+    """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only, or by
+    ProtocolError where the client is not known (any more).
 
     `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
     """
@@ -134,7 +115,14 @@ class TraceSteps(_Message, frozen=True):
     skip: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
 
 
-ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps
+class FramesRead(_Message, frozen=True):
+    """The client has read frames of `size` bytes together since it last said so, or began. A client that has more than
+    UNREAD_LIMIT bytes to read is dropped: its requests end, and the last that it gets is ProtocolError."""
+
+    size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+ClientMessage = Hello | AddRequest | AbortRequests | StatsRequest | TraceSteps | FramesRead
 
 # --- coordinator -> client ---------------------------------------------------------------------------------
 
@@ -459,6 +447,7 @@ _client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decode
 _server_decoder: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
 _to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_RESULT_POSITION = 32  # the most bytes that a token of a step adds to its result, without log-probabilities
 
 
 def encode(message: _Message) -> bytes:
@@ -481,9 +470,14 @@ def decode_to_worker(frame: bytes) -> ToWorker:
     return _decode(_to_worker_decoder, frame, STEP_FRAME_LIMIT)
 
 
-def decode_from_worker(frame: bytes) -> FromWorker:
-    """Decode what a worker sent. Raises WireError."""
-    return _decode(_from_worker_decoder, frame, RESULT_FRAME_LIMIT)
+def decode_from_worker(frame: bytes, limit: int = RESULT_FRAME_LIMIT) -> FromWorker:
+    """Decode what a worker sent, at most `limit` bytes. Raises WireError."""
+    return _decode(_from_worker_decoder, frame, limit)
+
+
+def worker_frame_limit(config: EngineConfig) -> int:
+    """Bytes of the largest frame from a worker: every token of a step may ask for the most log-probabilities."""
+    return max(RESULT_FRAME_LIMIT, config.max_num_batched_tokens * (_RESULT_POSITION + 8 * (MAX_LOGPROBS + 1)))
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes, limit: int) -> T:

@@ -21,10 +21,10 @@ def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_di
     return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
-def blocks_that_fit(cache_bytes: int, block_bytes: int, most_useful: int) -> int:
-    """Blocks for `cache_bytes`, no more than `most_useful`. Raises ConfigError below two (one is the null block)."""
+def blocks_that_fit(cache_bytes: int, block_bytes: int, least: int, most_useful: int) -> int:
+    """Blocks for `cache_bytes`, no more than `most_useful`. Raises ConfigError below `least`."""
     blocks = min(cache_bytes // block_bytes, most_useful)
-    if blocks < 2:
+    if blocks < least:
         if cache_bytes < block_bytes:
             raise ConfigError(
                 f"weights and the largest step leave {max(0, cache_bytes)} bytes for the KV cache, and a block takes "
@@ -33,7 +33,7 @@ def blocks_that_fit(cache_bytes: int, block_bytes: int, most_useful: int) -> int
             )
         raise ConfigError(
             f"{cache_bytes} bytes for the KV cache hold {cache_bytes // block_bytes} blocks of {block_bytes} bytes, "
-            "and at least 2 are needed: raise kv_cache_memory or memory_utilization, or lower block_size"
+            f"and at least {least} are needed: raise kv_cache_memory or memory_utilization, or lower block_size"
         )
     return blocks
 

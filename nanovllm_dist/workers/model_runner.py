@@ -105,7 +105,8 @@ class ModelRunner:
         most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size) + 1
         if config.num_blocks:
             return config.num_blocks
-        return kv_cache.blocks_that_fit(self._platform.cache_bytes(config), self._block_bytes(), most_useful)
+        cache_bytes = self._platform.cache_bytes(config)
+        return kv_cache.blocks_that_fit(cache_bytes, self._block_bytes(), config.least_blocks, most_useful)
 
     def allocate(self, num_blocks: int, report: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Allocate the KV cache; from here on steps may be recorded. `report`: graphs recorded ahead, of how many."""

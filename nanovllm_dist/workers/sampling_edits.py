@@ -25,8 +25,8 @@ def edit_row(row: Tensor, edits: LogitEdits, known: Tensor, prompt_len: int, *, 
     `known` int32 [n] holds prompt and output so far. When the bans leave no token at all they are lifted, so
     that what `allowed_token_ids` says still holds and some token can be returned.
     """
-    if edits.allowed is not None:
-        _keep_only(row, edits.allowed)
+    if edits.forbidden is not None:
+        row.clamp_(min=_LEAST_ALLOWED).masked_fill_(edits.forbidden, _BANNED)
     bans_stops = ban_stops and edits.early_stops is not None
     if edits.banned is not None or bans_stops:
         before = row.clone()
@@ -67,11 +67,6 @@ def penalize(
     values -= counts * column(table.frequency_penalty[slots])
     values -= (counts > 0) * column(table.presence_penalty[slots])
     logits.scatter_(1, tokens, values)
-
-
-def _keep_only(row: Tensor, allowed: Tensor) -> None:
-    kept = row[allowed].clamp(min=_LEAST_ALLOWED)
-    row.fill_(_BANNED).index_copy_(0, allowed, kept)
 
 
 def _ban_sequences(row: Tensor, banned: BannedSequences, known: Tensor, prompt_len: int) -> None:

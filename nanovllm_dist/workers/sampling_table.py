@@ -38,10 +38,12 @@ class BannedSequences:
 class LogitEdits:
     """What one request changes about single logits; ids are int64 tensors on the device, None if not asked for.
 
-    `early_stops` are banned until the request has its `min_tokens`.
+    `forbidden` bool [V] is what `allowed_token_ids` leaves out: a mask, because a list may be as long as the vocabulary
+    and what these take is not measured before the cache takes the rest. With the limits of `SamplingParams` and of the
+    coordinator it is less than a megabyte. `early_stops` are banned until the request has its `min_tokens`.
     """
 
-    allowed: Tensor | None
+    forbidden: Tensor | None
     banned: BannedSequences | None
     early_stops: Tensor | None
     bias_ids: Tensor | None
@@ -132,16 +134,23 @@ class SamplingTable:
         stops = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids))
         bias = {token: value for token, value in (params.logit_bias or {}).items() if token < self.vocab_size}
         return LogitEdits(
-            allowed=None if params.allowed_token_ids is None else self._ids(params.allowed_token_ids),
+            forbidden=None if params.allowed_token_ids is None else self._all_but(params.allowed_token_ids),
             banned=self._banned(bad_words),
             early_stops=self._ids(stops) if params.min_tokens else None,
             bias_ids=self._ids(bias) if bias else None,
             bias_values=torch.tensor(list(bias.values()), dtype=torch.float32).to(self.device) if bias else None,
         )
 
+    def _all_but(self, ids: Iterable[int]) -> Tensor:
+        mask = np.ones(self.vocab_size, dtype=np.bool_)
+        mask[self._known(ids)] = False
+        return torch.from_numpy(mask).to(self.device)
+
     def _ids(self, ids: Iterable[int]) -> Tensor:
-        kept = [token for token in dict.fromkeys(ids) if 0 <= token < self.vocab_size]
-        return torch.tensor(kept, dtype=torch.int64).to(self.device)
+        return torch.tensor(self._known(ids), dtype=torch.int64).to(self.device)
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        return [token for token in dict.fromkeys(ids) if 0 <= token < self.vocab_size]
 
     def _banned(self, bad_words: Sequence[Sequence[int]]) -> BannedSequences | None:
         words = [word for word in bad_words if word and all(0 <= token < self.vocab_size for token in word)]

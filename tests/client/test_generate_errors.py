@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 import pytest
 from scripted_engine import TIMES, ScriptedEngine, engine_info
@@ -79,4 +80,35 @@ def test_without_return_errors_a_prompt_that_cannot_be_sent_is_raised(
     llm = connect(engine, aside, max_queued=8)
     with pytest.raises(WireError, match=r"prompt 1: .*1000"):
         llm.generate([[1], [2] * 400], IDS, use_tqdm=False)
+    llm.close()
+
+
+@pytest.mark.timeout(30)
+def test_each_output_is_told_as_soon_as_its_prompt_has_ended(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "CLIENT_FRAME_LIMIT", 1000)
+    llm = connect(engine, aside, max_queued=8)
+    told: SimpleQueue[tuple[int, RequestOutput]] = SimpleQueue()
+
+    generating: Future[list[RequestOutput]] = aside.submit(
+        llm.generate,
+        [[1], [2] * 400, [], [3]],
+        IDS,
+        use_tqdm=False,
+        return_errors=True,
+        on_output=lambda index, output: told.put((index, output)),
+    )
+    (client, first), (_, last) = engine.receive(), engine.receive()
+    for request, place in ((last, 3), (first, 0)):
+        assert isinstance(request, wire.AddRequest)
+        ids = wire.pack_ints([request.id])
+        engine.send(client, wire.Outputs(ids, wire.pack_ints([7]), [wire.Finished(request.id, "length", TIMES)]))
+        while (entry := told.get(timeout=10))[1].error is not None:
+            assert entry[0] in (1, 2)
+        assert entry[0] == place
+
+    outputs = generating.result(10)
+    assert [output.error is None for output in outputs] == [True, False, False, True]
+    assert told.empty()
     llm.close()

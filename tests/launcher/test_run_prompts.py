@@ -1,13 +1,15 @@
-"""A file of prompts through a whole engine: a line that fails costs its own answer and no other."""
+"""A file of prompts through a whole engine: a line that fails costs its own answer and no other, and an interrupt costs
+no answer that was there."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_sandbox import LLAMA, SMALL, Sandbox, sandbox
+from engine_sandbox import LLAMA, SMALL, Command, Sandbox, model, sandbox, wait_for
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -19,7 +21,7 @@ from nanovllm_dist.launcher.jobs import Job
 from nanovllm_dist.launcher.run_prompts import run_jobs
 from nanovllm_dist.sampling_params import SamplingParams
 
-__all__ = ["sandbox"]  # a fixture
+__all__ = ["model", "sandbox"]  # fixtures
 TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}hello"
 PARAMS = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
@@ -56,3 +58,23 @@ def test_a_conversation_that_the_template_refuses_is_a_record_among_answers(
     assert [record.get("num_tokens") for record in records] == [3, None, 3]
     assert records[1]["error"]["code"] == "invalid_request"
     assert records[1]["messages"] == [{"role": "system", "content": "hi"}]
+
+
+@pytest.mark.slow
+def test_what_was_answered_before_an_interrupt_is_kept_in_order(model: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    common = {"prompt": [1, 2, 3], "ignore_eos": True, "detokenize": False}
+    lengths = {"a": 3, "b": 5, "endless": 4000, "late": 2}
+    lines = [json.dumps({**common, "id": name, "max_tokens": length}) for name, length in lengths.items()]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.part"
+    command = Command(tmp_path, model, "local", "--prompts-file", str(tmp_path / "in.jsonl"), "--output", str(out))
+    wait_for(lambda: (partial.exists() and partial.read_text().count("\n") == 2) or command.process.poll() is not None)
+
+    command.process.send_signal(signal.SIGINT)
+
+    assert command.process.wait(30) == 130
+    assert [json.loads(line)["id"] for line in partial.read_text().splitlines()] == ["a", "b"]
+    assert str(partial) in command.err.read_text()
+    assert not out.exists()
+    sandbox.assert_empty()

@@ -47,8 +47,9 @@ class Rank(threading.Thread):
         super().__init__(daemon=True)
         self.endpoint, self.rank, self.num_blocks, self.step_seconds = endpoint, rank, num_blocks, step_seconds
         self.worker = SimulatedWorker(block_size=4, budget=32)
-        self.allocated = 0
+        self.allocated = self.largest_frame = 0
         self.traced: list[wire.RankTimes] = []
+        self.prompt_logprobs: list[tuple[int, int, list[wire.TokenLogprobs]]] = []  # of the next step
         self.vanish = threading.Event()
         self.start()
 
@@ -62,6 +63,7 @@ class Rank(threading.Thread):
             frame = channel.receive(0.05)
             if frame is None:
                 continue
+            self.largest_frame = max(self.largest_frame, len(frame))
             message = wire.decode_to_worker(frame)
             if isinstance(message, wire.Shutdown):
                 break
@@ -78,9 +80,9 @@ class Rank(threading.Thread):
                 if message.traced:
                     self.traced.append(wire.RankTimes(message.step, received, received, time.monotonic()))
                 if self.rank == 0:
-                    channel.send(
-                        wire.encode(wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], []))
-                    )
+                    prompt, self.prompt_logprobs = self.prompt_logprobs, []
+                    result = wire.StepResult(message.epoch, message.step, wire.pack_ints(tokens), [], prompt)
+                    channel.send(wire.encode(result))
         channel.close()
         context.term()
 

@@ -174,6 +174,7 @@ def test_requests_of_a_client_that_vanished_are_ended(tmp_path: Path) -> None:
     vanishing = Channel(context, engine.address, wire.CLIENT_FRAME_LIMIT, None)
     watching = engine.connect()
     add = wire.AddRequest(1, wire.pack_ints([1]), SamplingParams(max_tokens=None, ignore_eos=True))
+    vanishing.send(wire.encode(wire.Hello()))
     vanishing.send(wire.encode(add))
     assert vanishing.receive(5) is not None
     vanishing.close()
@@ -322,7 +323,7 @@ def test_malformed_bad_words_never_reach_a_worker(engine: Engine, bad_words: lis
 
 
 def test_clients_that_left_make_room_for_new_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanovllm_dist.scheduler.coordinator._MAX_WATCHERS", 4)
+    monkeypatch.setattr("nanovllm_dist.scheduler.clients._MAX_CLIENTS", 4)
     for _ in range(12):
         Connection(engine.address).close()
     staying = [engine.connect() for _ in range(4)]
@@ -337,7 +338,7 @@ def test_a_client_whose_connection_was_lost_and_renewed_is_told(
     monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.2)
     engine = Engine(tmp_path)
     connection = engine.connect()
-    engine.coordinator._watchers.clear()  # as after a reconnect, which comes with a new identity
+    engine.coordinator._clients._unread.clear()  # as after a reconnect, which comes with a new identity
     connection._sinks[7] = sink = Sink()
     end = sink.wait()
     assert isinstance(end, EngineDeadError)
@@ -369,3 +370,31 @@ def test_an_address_where_nothing_answers_is_an_error_within_the_timeout(tmp_pat
 def test_a_prompt_over_the_frame_limit_is_refused_before_it_is_sent(engine: Engine) -> None:
     with pytest.raises(WireError, match="over the limit"):
         submit(engine.connect(), [1] * (wire.CLIENT_FRAME_LIMIT // 4 + 1))
+
+
+def test_a_step_all_of_whose_tokens_want_the_most_logprobs_is_answered_whatever_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as small:
+        small.setattr(wire, "RESULT_FRAME_LIMIT", 1_000)
+        engine = Engine(tmp_path)
+    connection = engine.connect()
+    most = wire.TokenLogprobs(bytes(4 * 65), bytes(4 * 65), 2**31 - 1)
+    engine.ranks[0].prompt_logprobs = [(0, 1, [most] * 31)]
+
+    _, sink = submit(connection, [1] * 32, max_tokens=3, prompt_logprobs=64)
+
+    end = sink.wait()
+    assert isinstance(end, wire.Finished)
+    assert (end.reason, sink.tokens) == ("length", output_of([1] * 32, 3))
+    engine.stop()
+
+
+def test_texts_that_are_the_clients_matter_do_not_make_steps_larger(engine: Engine) -> None:
+    texts = {"stop": ["x" * 4000] * 60, "include_stop_str_in_output": True, "bad_words": ["y" * 4000] * 60}
+    connection = engine.connect()
+    sinks = [submit(connection, [index], max_tokens=4, **texts)[1] for index in range(8)]
+    for index, sink in enumerate(sinks):
+        sink.wait()
+        assert sink.tokens == output_of([index], 4)
+    assert engine.ranks[0].largest_frame < 4000

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from nanovllm_dist.errors import InvalidRequestError
-from nanovllm_dist.sampling_params import SamplingParams
-from nanovllm_dist.scheduler.request_limits import check_limits
+from nanovllm_dist.sampling_params import MAX_LIST, SamplingParams
+from nanovllm_dist.scheduler.request_limits import check_limits, without_texts
 from nanovllm_dist.wire import messages as wire
 
 
@@ -44,3 +44,21 @@ def test_bad_words_that_take_long_to_look_for_in_every_step_are_refused(lengths:
     told = f"bad_words: {count} sequences of up to {longest} tokens take {count * longest} places, more than 131072"
     with pytest.raises(InvalidRequestError, match=re.escape(told)):
         check_limits(request(bad_words=words(*lengths)))
+
+
+def test_a_row_with_all_that_parameters_may_hold_is_below_two_mebibytes_beside_its_prompt() -> None:
+    vocab = 151_936
+    ids = range(vocab - MAX_LIST, vocab)
+    params = SamplingParams(
+        allowed_token_ids=list(range(vocab)),
+        logit_bias=dict.fromkeys(ids, 0.1),
+        stop_token_ids=list(ids),
+        stop=["s" * 4096] * 64,
+        bad_words=["b" * 4096] * MAX_LIST,
+        min_tokens=8,
+    )
+    most = request(bad_words=words(*[16] * 8192))
+    check_limits(most)
+    row = wire.NewRow(0, b"", 1, 0, 0, b"", 2**63, without_texts(params), most.bad_words)
+
+    assert len(wire.encode(wire.Step(0, 0, b"", b"", b"", b"", [row]))) < 2 * 2**20

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 
 import pytest
-from simulation import EOS, VOCAB, Simulation, expected_output
+from simulation import EOS, VOCAB, Simulation, expected_output, make_config
 
-from nanovllm_dist.errors import InvalidRequestError, QueueFullError
+from nanovllm_dist.errors import ConfigError, InvalidRequestError, QueueFullError
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.scheduler.request import Request
 
@@ -248,3 +248,14 @@ def test_abort_frees_waiting_and_running_requests_at_once() -> None:
 
 def test_aborting_an_unknown_request_is_nothing() -> None:
     assert Simulation().scheduler.abort((b"nobody", 1)) is None
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+def test_the_smallest_cache_that_a_config_allows_serves_one_token_and_one_more(block_size: int) -> None:
+    least = make_config(block_size=block_size).least_blocks
+    simulation = Simulation(num_blocks=least, block_size=block_size)
+    request = simulation.add([3], max_tokens=None, ignore_eos=True)
+    simulation.run()
+    assert simulation.output(request)[:1] == expected_output([3], GREEDY, 2)
+    with pytest.raises(ConfigError, match=f"at least {least}"):
+        make_config(block_size=block_size, num_blocks=least - 1)

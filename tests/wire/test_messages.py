@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError, NanoVLLMError, WireError
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
@@ -18,6 +19,7 @@ SAMPLES: list[tuple[object, object]] = [
         wire.decode_client,
     ),
     (wire.AbortRequests([1, 2], "stop"), wire.decode_client),
+    (wire.FramesRead(2**40), wire.decode_client),
     (
         wire.Outputs(
             wire.pack_ints([1]),
@@ -117,3 +119,19 @@ def test_the_largest_trace_fits_a_frame() -> None:
     steps = [wire.StepTimes(2**40 + step, 1024, 2**20, *[step + 0.1] * 6) for step in range(wire.TRACE_LIMIT)]
     times = [wire.RankTimes(one.step, 0.1, 0.1, 0.1) for one in steps]
     assert len(wire.encode(wire.StepTrace(steps, [times] * 16))) < wire.RESULT_FRAME_LIMIT
+
+
+@pytest.mark.parametrize("positions", [1, 7, 1_000])
+def test_the_largest_result_of_a_step_of_any_size_is_below_the_limit_for_workers(
+    positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "RESULT_FRAME_LIMIT", 100)
+    most = wire.TokenLogprobs(b"\x7f" * 4 * 65, b"\x7f" * 4 * 65, 2**31 - 1)
+    rows = [(2**31 - 1, 2**31 - 1, [most] * positions)] * (3_000 // positions)
+    tokens = len(rows) * positions
+    config = EngineConfig(model="m", max_num_batched_tokens=tokens)
+
+    frame = wire.encode(wire.StepResult(2**31, 2**31, wire.pack_ints([2**31 - 1] * len(rows)), [], rows))
+
+    assert len(frame) <= wire.worker_frame_limit(config)
+    assert wire.decode_from_worker(frame, wire.worker_frame_limit(config)) is not None
