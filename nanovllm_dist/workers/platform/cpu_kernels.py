@@ -23,7 +23,10 @@ log = logging.getLogger("worker")
 _SOURCE = Path(__file__).with_name("cpu_step.c")
 _SOURCES = (
     _SOURCE,
-    *(_SOURCE.with_name(f"cpu_{part}.c") for part in ("layers", "prefill", "dot", "decode", "batch", "sampler")),
+    *(
+        _SOURCE.with_name(f"cpu_{part}.c")
+        for part in ("products", "layers", "prefill", "dot", "decode", "batch", "sampler")
+    ),
 )
 _COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 # linked apart, without -ffast-math: with it the library would flush denormals to zero in the whole process

@@ -26,13 +26,15 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 FEW_ROWS = 8
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = [("panels", _POINTER), ("scales", _POINTER)]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
-        (name, _POINTER)
-        for name in (
-            *("input_norm", "qkv", "qkv_bias", "qk_norm", "o", "mlp_norm", "gate_up", "gate_up_bias", "down"),
-            *("keys", "values"),
-        )
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _POINTER) for name in ("input_norm", "qkv_bias", "qk_norm", "mlp_norm", "gate_up_bias")),
+        *((name, _POINTER) for name in ("keys", "values")),
     ]
 
 
@@ -167,18 +169,22 @@ def _is_plain(layers: Sequence[DecoderLayer]) -> bool:
 
 def _pointers(layer: DecoderLayer) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
-    qkv, gate_up = _panels(attention.qkv_proj), _panels(mlp.gate_up_proj)
     return _Layer(
         input_norm=layer.input_norm.weight.data_ptr(),
-        qkv=qkv.weight,
-        qkv_bias=qkv.bias,
+        qkv=_matrix(attention.qkv_proj),
+        qkv_bias=_panels(attention.qkv_proj).bias,
         qk_norm=None if attention.qk_norm is None else attention.qk_norm.weight.data_ptr(),
-        o=_panels(attention.o_proj).weight,
+        o=_matrix(attention.o_proj),
         mlp_norm=layer.mlp_norm.weight.data_ptr(),
-        gate_up=gate_up.weight,
-        gate_up_bias=gate_up.bias,
-        down=_panels(mlp.down_proj).weight,
+        gate_up=_matrix(mlp.gate_up_proj),
+        gate_up_bias=_panels(mlp.gate_up_proj).bias,
+        down=_matrix(mlp.down_proj),
     )
+
+
+def _matrix(linear: PackedLinear) -> _Matrix:
+    panels = _panels(linear)
+    return _Matrix(panels.weight, panels.scales)
 
 
 def _panels(linear: PackedLinear) -> PanelLinear:
