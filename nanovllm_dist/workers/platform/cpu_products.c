@@ -42,14 +42,18 @@ typedef struct {
 
 static int64_t panel_size(int inputs) { return (int64_t)((inputs + 31) / 32 * 32) * PANEL; }
 
-static inline floats dot(floats sum, const uint16_t *weight, uint32_t pair) {
-    words weights;
-    memcpy(&weights, weight, sizeof weights);
+static inline floats dot_words(floats sum, words weights, uint32_t pair) {
 #ifdef __AVX512BF16__
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)pair));
 #else
     return sum + (floats)(weights << 16) * from_bf16((uint16_t)pair) + (floats)(weights & 0xffff0000u) * from_bf16(pair >> 16);
 #endif
+}
+
+static inline floats dot(floats sum, const uint16_t *weight, uint32_t pair) {
+    words weights;
+    memcpy(&weights, weight, sizeof weights);
+    return dot_words(sum, weights, pair);
 }
 
 /* 64 int8 of at most 127 either way as bfloat16, which holds them exactly: tables of its bytes by magnitude. */
@@ -66,7 +70,7 @@ static const uint8_t low_bytes[128] = {SIXTY_FOUR(LOW, 0), SIXTY_FOUR(LOW, 64)};
 static const uint8_t high_bytes[128] = {SIXTY_FOUR(HIGH, 0), SIXTY_FOUR(HIGH, 64)};
 static const uint8_t interleaved[128] = {SIXTY_FOUR(LOW_THEN_HIGH, 0)};
 
-static inline void widen(const int8_t *from, uint16_t *to) {
+static inline void widen(const int8_t *from, words *to) {
     const __m512i *low = (const __m512i *)low_bytes, *high = (const __m512i *)high_bytes;
     const __m512i *order = (const __m512i *)interleaved;
     const __m512i value = _mm512_loadu_si512(from), magnitude = _mm512_abs_epi8(value);
@@ -74,46 +78,50 @@ static inline void widen(const int8_t *from, uint16_t *to) {
     const __m512i highs = _mm512_or_si512(
         _mm512_permutex2var_epi8(_mm512_loadu_si512(high), magnitude, _mm512_loadu_si512(high + 1)),
         _mm512_and_si512(value, _mm512_set1_epi8(-128)));
-    for (int i = 0; i < 2; i++)
-        _mm512_storeu_si512(to + 2 * LANES * i, _mm512_permutex2var_epi8(lows, _mm512_loadu_si512(order + i), highs));
+    for (int i = 0; i < 2; i++) to[i] = (words)_mm512_permutex2var_epi8(lows, _mm512_loadu_si512(order + i), highs);
 }
 #else
-static inline void widen(const int8_t *from, uint16_t *to) {
+static inline void widen(const int8_t *from, words *to) {
+    uint16_t wide[4 * LANES];
     for (int i = 0; i < 4 * LANES; i++) {
         const float value = from[i];
         uint32_t bits;
         memcpy(&bits, &value, 4);
-        to[i] = bits >> 16;
+        wide[i] = bits >> 16;
     }
+    memcpy(to, wide, sizeof wide);
 }
 #endif
 
 /* `ahead`: as many cache lines as there are pairs of inputs, which a later tile will read. `narrow`: the weights are
-   int8. */
+   int8; unless `room` [inputs / 2, PANEL, 2] is null it gets what they become. */
 static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const int narrow,
                                                        const uint16_t *input, int inputs, const void *at,
-                                                       const float *scales, const uint16_t *bias, uint16_t *output,
-                                                       int outputs, const char *ahead) {
+                                                       uint16_t *restrict room, const float *scales,
+                                                       const uint16_t *bias, uint16_t *output, int outputs,
+                                                       const char *ahead) {
     const int64_t step = 2 * PANEL * (narrow ? sizeof(int8_t) : sizeof(uint16_t));
     floats sum[TILE_ROWS][PANEL / LANES];
     const char *line = at;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = (floats){0};
     for (int k = 0; k < inputs; k += 2, line += step, ahead += LINE) {
-        uint16_t wide[2 * PANEL];
+        words weights[PANEL / LANES];
         __builtin_prefetch(ahead, 0, 2);
-        if (narrow)
-            for (int v = 0; v < vectors; v += 2) widen((const int8_t *)line + 2 * LANES * v, wide + 2 * LANES * v);
-        const uint16_t *weight = narrow ? wide : (const uint16_t *)line;
+        for (int v = 0; v < vectors; v++) /* one by one, or the compiler keeps them in memory */
+            if (!narrow) memcpy(weights + v, line + v * sizeof *weights, sizeof *weights);
+            else if (v % 2 == 0) widen((const int8_t *)line + 2 * LANES * v, weights + v);
+        if (room)
+            for (int v = 0; v < vectors; v++) memcpy(room + k * PANEL + 2 * LANES * v, weights + v, sizeof *weights);
         for (int r = 0; r < rows; r++) {
             uint32_t pair;
             memcpy(&pair, input + (int64_t)r * inputs + k, 4);
-            for (int v = 0; v < vectors; v++) sum[r][v] = dot(sum[r][v], weight + 2 * LANES * v, pair);
+            for (int v = 0; v < vectors; v++) sum[r][v] = dot_words(sum[r][v], weights[v], pair);
         }
     }
     for (int r = 0; r < rows; r++) {
         float flat[PANEL];
-        memcpy(flat, sum[r], vectors * sizeof(floats));
+        for (int v = 0; v < vectors; v++) memcpy(flat + LANES * v, &sum[r][v], sizeof(floats));
         if (scales)
             for (int i = 0; i < vectors * LANES; i++) flat[i] *= scales[i];
         if (bias)
@@ -134,46 +142,52 @@ static uint16_t *room_of_thread(int64_t elements) {
     return room;
 }
 
-/* The panel at `from`, or half of it, as bfloat16. */
-static inline __attribute__((always_inline)) void widen_panel(const int vectors, const int8_t *from, uint16_t *to,
-                                                              int inputs) {
-    for (int k = 0; k < inputs; k += 2, from += 2 * PANEL, to += 2 * PANEL)
-        for (int v = 0; v < vectors; v += 2) widen(from + 2 * LANES * v, to + 2 * LANES * v);
-}
-
-#define TILE(ROWS, NARROW)                                                                                \
-    case ROWS:                                                                                            \
-        if (whole) tile(ROWS, 4, NARROW, x, inputs, at, scales, biased, target, outputs, ahead);          \
-        else tile(ROWS, 2, NARROW, x, inputs, at, scales, biased, target, outputs, ahead);                \
-        break;
+#define TILE(ROWS, NARROW, ROOM)                                                                      \
+    if (whole) tile(ROWS, 4, NARROW, x, inputs, at, ROOM, scales, biased, target, outputs, ahead);    \
+    else tile(ROWS, 2, NARROW, x, inputs, at, ROOM, scales, biased, target, outputs, ahead);          \
+    break;
 
 /* Outputs [half, end) of `panel_linear`, counted in half panels. `next`: panels from one to that which this thread is
-   likely to have next. Weights of int8 are widened in registers, or once for all rows where there are many. */
+   likely to have next. Weights of int8 are widened by every tile, or where rows are many by the first, for all. */
 static void some_outputs(const uint16_t *input, matrix weight, const uint16_t *bias, uint16_t *output, int rows,
                          int inputs, int outputs, int half, int end, int next) {
-    const int many = rows > 2 * TILE_ROWS;
     const int64_t panel = panel_size(inputs), size = weight.scales ? sizeof(int8_t) : sizeof(uint16_t);
-    uint16_t *room = weight.scales && many ? room_of_thread(panel) : 0;
-    const int narrow = weight.scales && !room, most = narrow ? NARROW_ROWS : TILE_ROWS;
+    uint16_t *room = weight.scales && rows >= TILE_ROWS ? room_of_thread(panel) : 0;
+    const int many = room || rows > 2 * TILE_ROWS;
     while (half < end) { /* whole panels where that is possible */
         int whole = half % 2 == 0 && half + 2 <= end;
         int first = half * (PANEL / 2);
         const char *own = (const char *)weight.panels + (half / 2 * panel + half % 2 * PANEL) * size;
         const uint16_t *biased = bias ? bias + first : 0;
         const float *scales = weight.scales ? weight.scales + first : 0;
-        const void *at = room ? (const void *)room : own;
-        if (room && whole) widen_panel(4, (const int8_t *)own, room, inputs);
-        else if (room) widen_panel(2, (const int8_t *)own, room, inputs);
-        for (int row = 0; row < rows; row += most) {
+        const void *at = own;
+        int narrow = weight.scales != 0, count;
+        for (int row = 0, turn = 0; row < rows; row += count, turn++) {
             const uint16_t *x = input + (int64_t)row * inputs;
             uint16_t *target = output + (int64_t)row * outputs + first;
             /* With many rows the first tiles fetch the next panel, which else would come while nothing is computed;
                with few all waits for memory anyway, and the tile's own lines come first. */
-            const int64_t fetched = row / most * LINE * (int64_t)(inputs / 2);
+            const int64_t fetched = turn * LINE * (int64_t)(inputs / 2);
             const char *ahead = own + (many && fetched < panel * size ? next * panel * size + fetched : 0);
-            const int count = rows - row < most ? rows - row : most;
-            if (narrow) switch (count) { TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) }
-            else switch (count) { TILE(1, 0) TILE(2, 0) TILE(3, 0) TILE(4, 0) TILE(5, 0) TILE(6, 0) }
+            const int most = narrow ? NARROW_ROWS : TILE_ROWS;
+            count = rows - row < most ? rows - row : most;
+            switch (count + (narrow ? room ? 2 * TILE_ROWS : TILE_ROWS : 0)) {
+                case 1: TILE(1, 0, 0)
+                case 2: TILE(2, 0, 0)
+                case 3: TILE(3, 0, 0)
+                case 4: TILE(4, 0, 0)
+                case 5: TILE(5, 0, 0)
+                case 6: TILE(6, 0, 0)
+                case TILE_ROWS + 1: TILE(1, 1, 0)
+                case TILE_ROWS + 2: TILE(2, 1, 0)
+                case TILE_ROWS + 3: TILE(3, 1, 0)
+                case TILE_ROWS + 4: TILE(4, 1, 0)
+                case 2 * TILE_ROWS + NARROW_ROWS: TILE(NARROW_ROWS, 1, room)
+            }
+            if (room) {
+                at = room;
+                narrow = 0;
+            }
         }
         half += whole ? 2 : 1;
     }
