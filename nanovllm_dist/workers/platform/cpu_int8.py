@@ -77,8 +77,8 @@ def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_panels(values: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in], in even -> panels as cpu_products.c reads them: [out / 64, in / 2, 64, 2], with `out` rounded up to
-    64, `in` to 32, and zeros there."""
+    """int8 [out, in], in even -> panels as cpu_products.c reads them: [out / 64, in / 2, 64, 2], with `out` rounded up
+    to 64, `in` to 32, and zeros there."""
     outputs, inputs = values.shape
     padded = F.pad(values, (0, -inputs % 32, 0, -outputs % _PANEL))
     return padded.view(-1, _PANEL, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()

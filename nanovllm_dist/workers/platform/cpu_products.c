@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -14,6 +15,7 @@
 #define LANES 16  /* outputs of one vector */
 #define TILE_ROWS 6 /* with four vectors of outputs, as many sums as there are registers for */
 #define LINE 64   /* bytes of a cache line */
+#define HUGE_PAGE (1 << 21) /* bytes */
 #define NARROW_ROWS 4 /* the same where weights are widened in registers, which takes some */
 
 typedef float floats __attribute__((vector_size(64)));
@@ -130,14 +132,19 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     }
 }
 
-/* Room for one panel in bfloat16, kept by each thread; null where there is no memory for it. */
+/* Room for one panel in bfloat16, kept by each thread; null where there is no memory for it. On a huge page it lies in
+   one piece, of which the second-level cache holds all. */
 static uint16_t *room_of_thread(int64_t elements) {
     static _Thread_local uint16_t *room;
     static _Thread_local int64_t size;
     if (size < elements) {
         free(room);
-        room = aligned_alloc(64, elements * sizeof *room);
+        const int64_t bytes = (elements * (int64_t)sizeof *room + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        room = aligned_alloc(HUGE_PAGE, bytes);
         size = room ? elements : 0;
+#ifdef MADV_HUGEPAGE
+        if (room) madvise(room, bytes, MADV_HUGEPAGE);
+#endif
     }
     return room;
 }
