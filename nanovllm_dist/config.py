@@ -21,7 +21,7 @@ LauncherKind = Literal["auto", "ray", "local"]
 Hub = Literal["huggingface", "modelscope"]
 Transport = Literal["auto", "ipc", "tcp"]
 GraphMode = Literal["auto", "eager", "torchair", "aclgraph"]
-WeightFormat = Literal["plain", "nz"]
+WeightFormat = Literal["plain", "nz", "int8"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

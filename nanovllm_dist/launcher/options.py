@@ -88,7 +88,11 @@ Format = Annotated[
 ]
 WeightFormat = Annotated[
     WeightFormatName | None,
-    typer.Option("--weight-format", help="nz: tiled as Ascend's matrix unit reads (plain).", rich_help_panel=_MODEL),
+    typer.Option(
+        "--weight-format",
+        help="int8: rounded at load (CPU, bfloat16). nz: tiled as Ascend's matrix unit reads. (plain)",
+        rich_help_panel=_MODEL,
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,

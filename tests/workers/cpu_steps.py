@@ -42,8 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
 BLOCK_SIZE = 16
 
 
-def native(head_dim: int = 64) -> CpuLayers:
-    layers = cpu_layers(CpuAttention(head_dim, BF16), BF16)
+def native(head_dim: int = 64, int8: bool = False) -> CpuLayers:
+    layers = cpu_layers(CpuAttention(head_dim, BF16), BF16, int8)
     assert isinstance(layers, CpuLayers), "this machine has a C compiler, and the kernels were not built with it"
     return layers
 

@@ -46,6 +46,7 @@ def run_rank(rank: int, work: Any, world_size: int, directory: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     found = work(rank, open_group(store, PATIENCE), directory)
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def part(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:

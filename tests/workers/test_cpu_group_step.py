@@ -51,6 +51,7 @@ def run_rank(rank: int, directory: Path) -> None:
     own.mkdir()
     found = {"steps": {name: check_steps(name, own, comm) for name in NAMES}, "tokens": check_sampler(comm)}
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def check_steps(name: str, directory: Path, comm: CpuGroup) -> dict[str, dict[str, Any]]:

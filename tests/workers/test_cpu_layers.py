@@ -89,8 +89,9 @@ def test_a_step_with_a_prefill_equals_torch(qk_norm: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "lengths", [[1], [40], [33, 1], [16, 17, 100], [5, 300, 64, 31], [9, 8, 7, 6, 5, 4, 3, 2]], ids=str
 )
-def test_a_fused_step_is_the_same_as_its_operations(name: str, lengths: list[int], tmp_path: Path) -> None:
-    model = make_model(name, tmp_path, native(MODELS[name]["head_dim"]))
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+def test_a_fused_step_is_the_same_as_its_operations(name: str, lengths: list[int], int8: bool, tmp_path: Path) -> None:
+    model = make_model(name, tmp_path, native(MODELS[name]["head_dim"], int8))
     apart, fused = decodes(model, lengths), decodes(model, lengths)
     expected = run(model, apart)
     model.fused = fuse_step(model, SingleRank(), BF16)
@@ -144,10 +145,11 @@ def test_a_row_of_a_fused_step_reads_what_another_row_writes_in_it(two_threads: 
     [([], [30] * (FEW_ROWS + 1)), ([(1, 0)], []), ([(300, 0), (7, 90)], []), ([(200, 20), (61, 0), (2, 5)], [9, 77])],
     ids=["decodes", "one_token", "prefills", "mixed"],
 )
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 def test_a_fused_step_of_any_rows_is_the_same_as_its_operations(
-    name: str, prefills: list[tuple[int, int]], lengths: list[int], tmp_path: Path
+    name: str, prefills: list[tuple[int, int]], lengths: list[int], int8: bool, tmp_path: Path
 ) -> None:
-    model = make_model(name, tmp_path, native(MODELS[name]["head_dim"]))
+    model = make_model(name, tmp_path, native(MODELS[name]["head_dim"], int8))
     apart, fused = mixed(model, prefills, lengths), mixed(model, prefills, lengths)
     expected = run_mixed(model, apart)
     model.fused = fuse_step(model, SingleRank(), BF16)

@@ -88,11 +88,12 @@ def differences(model: DecoderLM, comm: Communicator, kernels: Any, lengths: lis
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_one_call_gives_the_tokens_logits_and_cache_of_its_operations(
-    name: str, lengths: list[int], tmp_path: Path
+    name: str, int8: bool, lengths: list[int], tmp_path: Path
 ) -> None:
-    kernels = native(MODELS[name]["head_dim"])
+    kernels = native(MODELS[name]["head_dim"], int8)
     model = make_model(name, tmp_path, kernels)
     assert differences(model, SingleRank(), kernels, lengths, fused=True) == []
 
@@ -144,3 +145,4 @@ def run_rank(rank: int, directory: Path) -> None:
         for rows, lengths in LENGTHS.items():
             found[f"{name}, {rows}"] = differences(model, comm, kernels, lengths, fused=True)
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

@@ -10,7 +10,8 @@ import pytest
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import read_model_config
-from nanovllm_dist.workers.platform import cuda, get_platform
+from nanovllm_dist.workers.platform import cuda, get_platform, npu
+from nanovllm_dist.workers.platform.base import Platform
 
 
 def test_a_torch_without_cuda_is_told_from_one_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -58,6 +59,21 @@ def test_an_option_of_another_device_is_refused_by_name(options: dict[str, str],
     (name,) = options
     with pytest.raises(ConfigError, match=rf"{name}=.* is not for device=cpu"):
         get_platform("cpu").check(config, read_model_config(str(tiny_model), {}))
+
+
+@pytest.mark.parametrize("platform", [cuda.CudaPlatform(), npu.NpuPlatform()], ids=["cuda", "npu"])
+def test_int8_weights_are_for_the_cpu(platform: Platform) -> None:
+    config = EngineConfig(model="tiny", dtype="bfloat16", weight_format="int8")
+    with pytest.raises(ConfigError, match=r"weight_format='int8' is not for device="):
+        platform.check(config, read_model_config(TINY, {}))
+
+
+def test_int8_weights_go_with_bfloat16_alone(tiny_model: Path) -> None:
+    model = read_model_config(tiny_model, {})
+    config = EngineConfig(model=str(tiny_model), device="cpu", dtype="bfloat16", weight_format="int8")
+    get_platform("cpu").check(config, model)
+    with pytest.raises(ConfigError, match="weight_format=int8 is for dtype=bfloat16, not float32"):
+        get_platform("cpu").check(config.replace(dtype="float32"), model)
 
 
 def test_a_cache_on_the_cpu_takes_at_most_a_gibibyte_or_as_much_as_the_process(tiny_model: Path) -> None:

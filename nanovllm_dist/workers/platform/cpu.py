@@ -46,6 +46,7 @@ class CpuPlatform(Platform):
     default_max_num_seqs = 64
     default_max_num_batched_tokens = 2048
     default_steps_in_flight = 1
+    weight_formats = ("plain", "int8")
 
     @staticmethod
     def is_present() -> bool:
@@ -66,6 +67,14 @@ class CpuPlatform(Platform):
             Finding("CPU", f"{_usable_cores()} cores"),
             Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
         ]
+
+    def check(self, config: EngineConfig, model: ModelConfig) -> None:
+        """Also whether the weight format goes with the dtype."""
+        super().check(config, model)
+        if config.weight_format == "int8" and config.dtype != "bfloat16":
+            raise ConfigError(
+                f"weight_format=int8 is for dtype=bfloat16, not {config.dtype}: set dtype=bfloat16 or leave it out"
+            )
 
     def worker_environment(self, config: EngineConfig) -> dict[str, str]:
         """Each rank's share of the cores, and how long its threads wait for each other awake."""
@@ -105,7 +114,7 @@ class CpuPlatform(Platform):
         from nanovllm_dist.workers.platform.cpu_attention import CpuAttention
         from nanovllm_dist.workers.platform.cpu_layers import cpu_layers
 
-        return cpu_layers(CpuAttention(model.head_dim, dtype), dtype)
+        return cpu_layers(CpuAttention(model.head_dim, dtype), dtype, config.weight_format == "int8")
 
     def fuse_layers(self, model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> FusedLayers | None:
         """Steps of few decodes, by one C call."""

@@ -7,7 +7,8 @@
 typedef struct {
     const layer *layers;
     const shape *of;
-    const uint16_t *final, *embeddings /* [vocabulary, hidden] */, *head;
+    const uint16_t *final, *embeddings; /* [vocabulary, hidden] */
+    matrix head;
     const float *cos, *sin; /* [positions, dim] */
     int32_t *known;         /* the token table, flat */
     const int32_t *tables;  /* block tables by slot */
@@ -113,7 +114,7 @@ void decode_tokens(const decoder *all, const decodes *now) {
     uint16_t *hidden = take(&space, rows * of->hidden * 2), *output = take(&space, rows * of->hidden * 2);
     embed(all, now, hidden);
     run_layers(all, now, hidden, output, space);
-    panel_linear(output, all->head, 0, all->logits, rows, of->hidden, all->columns);
+    panel_linear(output, all->head.panels, all->head.scales, 0, all->logits, rows, of->hidden, all->columns);
     sample(all, now, space);
     for (int row = 0; row < rows; row++) all->known[now->places[row] + 1] = (int32_t)now->tokens[row];
 }

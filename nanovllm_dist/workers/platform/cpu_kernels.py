@@ -21,7 +21,7 @@ from pathlib import Path
 log = logging.getLogger("worker")
 
 _SOURCE = Path(__file__).with_name("cpu_step.c")
-_PARTS = ("layers", "prefill", "dot", "decode", "group", "batch", "sampler", "decoder")
+_PARTS = ("products", "layers", "prefill", "dot", "decode", "group", "batch", "sampler", "decoder")
 _SOURCES = (
     _SOURCE,
     *(_SOURCE.with_name(f"cpu_{part}.c") for part in _PARTS),

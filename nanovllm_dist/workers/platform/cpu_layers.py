@@ -2,7 +2,7 @@
 
 A decode of one row is hundreds of small operations, and what torch adds to each is most of the step: a 135M model on
 two cores took 27 ms that way, of which reading the weights is 6. The kernels round where torch's operators round.
-float32 stays with torch, the reference.
+float32 stays with torch, the reference. Weights are bfloat16 too, or int8 (see cpu_int8.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from nanovllm_dist.models.layers.linear_kernel import LinearKernel, Packed, pack
 from nanovllm_dist.models.layers.norm import QueryKeyNorm
 from nanovllm_dist.workers.platform.cpu_arena import Arena
 from nanovllm_dist.workers.platform.cpu_attention import CpuAttention
+from nanovllm_dist.workers.platform.cpu_int8 import RoundedLinear, RoundingTorchLayers, round_weight, to_panels
 from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
 
 # Rows from which oneDNN is faster where the processor has matrix tiles, which the C kernel does not use
@@ -25,7 +26,7 @@ _TILED_ROWS = 16
 OUTPUTS_UNIT = 32
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "panel_linear": [_POINTER] * 4 + [_INT] * 3,
+    "panel_linear": [_POINTER] * 5 + [_INT] * 3,
     "holds_panels": [_POINTER] * 2 + [_INT] * 2,
     "has_products": [],
     "add_rms_norm": [_POINTER] * 5 + [_INT] * 2 + [_FLOAT],
@@ -35,10 +36,11 @@ _ARGUMENTS = {
 
 
 class CpuLayers(TorchLayers):
-    """LayerKernels of a bfloat16 model over `attention`, whose own kernel must be in use."""
+    """LayerKernels of a bfloat16 model over `attention`, whose own kernel must be in use; `int8`: of weights."""
 
-    def __init__(self, attention: CpuAttention, library: ctypes.CDLL) -> None:
+    def __init__(self, attention: CpuAttention, library: ctypes.CDLL, int8: bool) -> None:
         super().__init__(attention)
+        self._int8 = int8
         self._cpu_attention = attention
         self._arena = Arena()
         self._linear, self._holds_panels, self._has_products, self._norm, self._rotate, self._silu = (
@@ -98,64 +100,92 @@ class CpuLayers(TorchLayers):
         return output
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
-        """See LayerKernels. The C kernel reads the weight as oneDNN packs it, where that is the known layout."""
+        """See LayerKernels. The C kernel reads the weight as oneDNN packs it, where that is the known layout. Raises
+        WeightsError where weights are to be int8 and cannot."""
+        if self._int8 and weight.numel():
+            return self._pack_int8(weight, bias)
         packed = pack_weight(weight, bias)
         if packed is None or not self._reads(packed, weight):
             return packed
+        tiled = packed if torch.cpu._is_amx_tile_supported() else None
+        place = packed.pointer() if tiled else self._arena.place(packed.pointer(), packed.num_bytes())
+        return PanelLinear(self._linear, self._arena, place, None, bias, weight.shape, tiled)
+
+    def _pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel:
+        values, scales = round_weight(weight)
+        if not self._takes(weight):
+            return RoundedLinear(values, scales, bias)
+        panels = to_panels(values)
+        place = self._arena.place(panels.data_ptr(), panels.nbytes)
+        return PanelLinear(self._linear, self._arena, place, scales, bias, weight.shape)
+
+    def _takes(self, weight: torch.Tensor) -> bool:
         outputs, inputs = weight.shape
-        return PanelLinear(self._linear, packed, bias, outputs, inputs, self._arena)
+        return bool(self._has_products()) and outputs % OUTPUTS_UNIT == 0 and inputs % 2 == 0
 
     def _reads(self, packed: Packed, weight: torch.Tensor) -> bool:
         outputs, inputs = weight.shape
-        if (
-            not self._has_products()
-            or outputs % OUTPUTS_UNIT
-            or inputs % 2
-            or packed.num_bytes() != _panel_bytes(outputs, inputs)
-        ):
+        if not self._takes(weight) or packed.num_bytes() != _panel_bytes(outputs, inputs):
             return False
         plain = weight.detach().contiguous()
         return bool(self._holds_panels(packed.pointer(), plain.data_ptr(), inputs, outputs))
 
 
-class PanelLinear:
-    """A LinearKernel by C over a copy of `packed` in `arena`.
+class Matrix(ctypes.Structure):
+    """A weight as the library's `matrix`: addresses of its panels and of the scales of int8, None where it is not."""
 
-    Where the processor has matrix tiles it reads `packed` itself, and leaves many rows to it.
+    _fields_ = [("panels", _POINTER), ("scales", _POINTER)]
+
+
+class PanelLinear:
+    """A LinearKernel by C over panels of a weight of `shape` [out, in] at the address `weight`, in `arena` or `tiled`.
+
+    Where the processor has matrix tiles it reads oneDNN's `tiled` weight itself, and leaves many rows to it; of int8
+    there is none, so many rows are slower there than in bfloat16.
 
     Two threads of a Zen 4 processor at the shapes of a 135M model, against oneDNN: 1.3 to 1.7 times as fast at 1 row,
     1.2 to 1.4 at 16 to 64, equal from 256 on.
 
     Attributes:
-        weight, bias: where they lie; `bias` is None where there is none.
+        matrix: the weight, for other kernels of the library.
+        bias: its address, None where there is none.
     """
 
     def __init__(
-        self, function: Any, packed: Packed, bias: torch.Tensor | None, outputs: int, inputs: int, arena: Arena
+        self,
+        function: Any,
+        arena: Arena,
+        weight: int,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        shape: tuple[int, ...],
+        tiled: Packed | None = None,
     ) -> None:
         self._function = function
-        self._outputs, self._inputs = outputs, inputs
-        self._bias = bias  # kept alive
-        self._packed = packed if torch.cpu._is_amx_tile_supported() else None
-        self._arena = arena
-        self.weight = packed.pointer() if self._packed else arena.place(packed.pointer(), packed.num_bytes())
+        self._outputs, self._inputs = shape
+        self._tiled = tiled
+        self._kept = (arena, scales, bias)  # what the addresses are of
+        self.matrix = Matrix(weight, None if scales is None else scales.data_ptr())
         self.bias = None if bias is None else bias.data_ptr()
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See LinearKernel."""
         rows = len(x)
-        if self._packed is not None and rows >= _TILED_ROWS:
-            return self._packed(x, out)
+        if self._tiled is not None and rows >= _TILED_ROWS:
+            return self._tiled(x, out)
         x = x.contiguous()
         output = x.new_empty(rows, self._outputs) if out is None else out
-        self._function(x.data_ptr(), self.weight, self.bias, output.data_ptr(), rows, self._inputs, self._outputs)
+        weight = (self.matrix.panels, self.matrix.scales, self.bias)
+        self._function(x.data_ptr(), *weight, output.data_ptr(), rows, self._inputs, self._outputs)
         return output
 
 
-def cpu_layers(attention: CpuAttention, dtype: torch.dtype) -> TorchLayers:
-    """The C kernels for bfloat16 where they can be built, else torch's operators."""
+def cpu_layers(attention: CpuAttention, dtype: torch.dtype, int8: bool = False) -> TorchLayers:
+    """The C kernels for bfloat16 where they can be built, else torch's operators; over weights of int8 if asked."""
     library = kernel_library() if dtype == torch.bfloat16 and attention.decodes_natively else None
-    return TorchLayers(attention) if library is None else CpuLayers(attention, library)
+    if library is None:
+        return RoundingTorchLayers(attention) if int8 else TorchLayers(attention)
+    return CpuLayers(attention, library, int8)
 
 
 def _panel_bytes(outputs: int, inputs: int) -> int:

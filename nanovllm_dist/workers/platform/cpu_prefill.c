@@ -2,7 +2,7 @@
 
    A task is a block of a row's tokens and one key/value head. It walks over the keys in turns with a running softmax in
    fp32; in each turn keys and values are repacked as the weights of a product are, so that all queries of the block use
-   them as matrix products. Probabilities are rounded to bfloat16 for theirs. cpu_layers.c, which cpu_step.c includes
+   them as matrix products. Probabilities are rounded to bfloat16 for theirs. cpu_products.c, which cpu_step.c includes
    before this file, has the multiplication.
 
    query   [tokens, kv_heads * group, dim] with `query_stride` elements from token to token

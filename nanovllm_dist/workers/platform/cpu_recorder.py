@@ -18,7 +18,7 @@ from nanovllm_dist.workers.decode_step import DecodeStep
 from nanovllm_dist.workers.graphs import Replay, StepBody, T
 from nanovllm_dist.workers.platform.cpu_group import CpuGroup
 from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
-from nanovllm_dist.workers.platform.cpu_layers import CpuLayers, PanelLinear
+from nanovllm_dist.workers.platform.cpu_layers import CpuLayers, Matrix, PanelLinear
 from nanovllm_dist.workers.platform.cpu_step import CpuStep
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -26,8 +26,9 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 class _Decoder(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("layers", "of", "final", "embeddings", "head", "cos", "sin", "known")),
-        *((name, _POINTER) for name in ("tables", "logits", "space", "group", "starts")),
+        *((name, _POINTER) for name in ("layers", "of", "final", "embeddings")),
+        ("head", Matrix),
+        *((name, _POINTER) for name in ("cos", "sin", "known", "tables", "logits", "space", "group", "starts")),
         ("table_stride", _LONG),
         *((name, _INT) for name in ("columns", "rank", "ranks", "few")),
     ]
@@ -94,7 +95,7 @@ class CpuRecorder:
         decoder = _Decoder(
             *layers.pointers(step.kv_caches),
             embeddings=model.vocab.weight.data_ptr(),
-            head=head.weight,
+            head=head.matrix,
             cos=model.rotary.cos_table.data_ptr(),
             sin=model.rotary.sin_table.data_ptr(),
             known=step.known.data_ptr(),

@@ -5,6 +5,7 @@
    in between. Every thread keeps the residual and the norms for itself, which is quicker than to wait for another's.
    The other kernels are part of this file, so that they are one library. */
 
+#include "cpu_products.c"
 #include "cpu_layers.c"
 #include "cpu_prefill.c"
 #include "cpu_dot.c"
@@ -14,10 +15,10 @@
 typedef void task(const uint16_t *, const uint16_t *, const uint16_t *, const int32_t *, int, uint16_t *, int, int, int,
                   int, float);
 
-/* One layer. Weights as `panel_linear` reads them, biases and qk_norm [heads + kv_heads, dim] or null; caches
-   [blocks, block_size, kv_heads, dim]. */
+/* One layer. Biases and qk_norm [heads + kv_heads, dim] or null; caches [blocks, block_size, kv_heads, dim]. */
 typedef struct {
-    const uint16_t *input_norm, *qkv, *qkv_bias, *qk_norm, *o, *mlp_norm, *gate_up, *gate_up_bias, *down;
+    matrix qkv, o, gate_up, down;
+    const uint16_t *input_norm, *qkv_bias, *qk_norm, *mlp_norm, *gate_up_bias;
     uint16_t *keys, *values;
 } layer;
 

@@ -20,7 +20,7 @@ from nanovllm_dist.models.layers.mlp import MLP
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.workers.platform.cpu_group import PART_BYTES, CpuGroup
 from nanovllm_dist.workers.platform.cpu_kernels import kernel_library
-from nanovllm_dist.workers.platform.cpu_layers import OUTPUTS_UNIT, PanelLinear
+from nanovllm_dist.workers.platform.cpu_layers import OUTPUTS_UNIT, Matrix, PanelLinear
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 # Rows of a step of few decodes: with more, threads that each compute all norms waste what they save in waiting
@@ -29,11 +29,9 @@ FEW_ROWS = 8
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        (name, _POINTER)
-        for name in (
-            *("input_norm", "qkv", "qkv_bias", "qk_norm", "o", "mlp_norm", "gate_up", "gate_up_bias", "down"),
-            *("keys", "values"),
-        )
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _POINTER) for name in ("input_norm", "qkv_bias", "qk_norm", "mlp_norm", "gate_up_bias")),
+        *((name, _POINTER) for name in ("keys", "values")),
     ]
 
 
@@ -184,17 +182,16 @@ def _is_plain(layers: Sequence[DecoderLayer]) -> bool:
 
 def _pointers(layer: DecoderLayer) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
-    qkv, gate_up = _panels(attention.qkv_proj), _panels(mlp.gate_up_proj)
     return _Layer(
         input_norm=layer.input_norm.weight.data_ptr(),
-        qkv=qkv.weight,
-        qkv_bias=qkv.bias,
+        qkv=_panels(attention.qkv_proj).matrix,
+        qkv_bias=_panels(attention.qkv_proj).bias,
         qk_norm=None if attention.qk_norm is None else attention.qk_norm.weight.data_ptr(),
-        o=_panels(attention.o_proj).weight,
+        o=_panels(attention.o_proj).matrix,
         mlp_norm=layer.mlp_norm.weight.data_ptr(),
-        gate_up=gate_up.weight,
-        gate_up_bias=gate_up.bias,
-        down=_panels(mlp.down_proj).weight,
+        gate_up=_panels(mlp.gate_up_proj).matrix,
+        gate_up_bias=_panels(mlp.gate_up_proj).bias,
+        down=_panels(mlp.down_proj).matrix,
     )
 
 
