@@ -159,11 +159,7 @@ class Connection:
         with self._lock:
             if self._error is not None:
                 raise self._error
-            now = time.monotonic()
-            if not self._sinks:
-                if now - self._last_heard > _PROBE_AFTER_SECONDS:
-                    self._send(wire.Hello())  # the connection may have been renewed meanwhile, as one not yet known
-                self._last_heard = now
+            self._greet_after_silence()
             self._sinks[request_id] = sink
         self._queue(frame)
 
@@ -178,6 +174,7 @@ class Connection:
         with self._lock:
             if self._error is not None:
                 raise self._error
+            self._greet_after_silence()
             self._stats.append(future)
         self._send(wire.StatsRequest())
         try:
@@ -193,9 +190,19 @@ class Connection:
         with self._lock:
             if self._error is not None:
                 raise self._error
+            self._greet_after_silence()
             self._traces.append(future)
             self._send(wire.TraceSteps(count, skip))
         return future
+
+    def _greet_after_silence(self) -> None:
+        """Before anything is asked: the connection may have been renewed, as one that the engine does not know."""
+        if self._sinks:
+            return
+        now = time.monotonic()
+        if now - self._last_heard > _PROBE_AFTER_SECONDS:
+            self._send(wire.Hello())
+        self._last_heard = now
 
     def fail(self, error: NanoVLLMError) -> None:
         """End every request with `error`; the connection is of no more use."""

@@ -75,6 +75,7 @@ def measure_latency(
             tp=engine.tensor_parallel_size,
             max_num_seqs=1,
             itemsize=session.itemsize,
+            weight_itemsize=session.weight_itemsize,
         )
     return LatencyReport(
         environment=environment,

@@ -60,19 +60,28 @@ class Achieved(msgspec.Struct, frozen=True):
 
 
 def limit(
-    model: ModelConfig, workload: Workload, hardware: Hardware, *, tp: int = 1, max_num_seqs: int = 0, itemsize: int = 2
+    model: ModelConfig,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    tp: int = 1,
+    max_num_seqs: int = 0,
+    itemsize: int = 2,
+    weight_itemsize: int = 0,
 ) -> Limit:
-    """The limit of `workload` with weights and cache of `itemsize` bytes over `tp` devices.
+    """The limit of `workload` over `tp` devices.
 
-    `max_num_seqs`: requests that run at once (0: all of them).
+    `itemsize`: bytes of a number in the cache, and `weight_itemsize` of a weight (0: the same); `max_num_seqs`:
+    requests that run at once (0: all of them).
     """
+    weight_itemsize = weight_itemsize or itemsize
     body, head = _parameters(model)
     steps = max(workload.output_lens)
     if max_num_seqs:
         steps = max(steps, math.ceil(workload.output_tokens / max_num_seqs))
-    weight_seconds = itemsize * (body + head) / tp / hardware.bandwidth
+    weight_seconds = weight_itemsize * (body + head) / tp / hardware.bandwidth
     reduce_seconds = 2 * model.num_layers * hardware.all_reduce if tp > 1 else 0.0
-    weight_bytes = steps * itemsize * (body + head) / tp
+    weight_bytes = steps * weight_itemsize * (body + head) / tp
     cache_bytes = _cache_bytes(model, workload, itemsize) / tp
     read = (weight_bytes + cache_bytes) / hardware.bandwidth
     decode = max(read, _decode_flops(model, workload, body, head) / tp / hardware.flops)

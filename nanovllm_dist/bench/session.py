@@ -55,8 +55,13 @@ class Session:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight."""
+        """Bytes of a number in the cache."""
         return ITEMSIZE[self.resolved.dtype]
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Bytes of a weight."""
+        return 1 if self.resolved.weight_format == "int8" else self.itemsize
 
     def check(self, workload: Workload) -> None:
         """Raises ConfigError when a request of `workload` is longer than the engine takes."""

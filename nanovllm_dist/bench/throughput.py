@@ -177,6 +177,7 @@ def _report(
             tp=engine.tensor_parallel_size,
             max_num_seqs=engine.max_num_seqs,
             itemsize=session.itemsize,
+            weight_itemsize=session.weight_itemsize,
         )
         reached = achieved(bound, settings.hardware, median(rates.seconds))
     return ThroughputReport(

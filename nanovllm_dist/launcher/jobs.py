@@ -32,6 +32,11 @@ def read_jobs(invocation: Invocation) -> list[Job]:
     mode = invocation.mode
     if mode.output and not Path(mode.output).absolute().parent.is_dir():
         raise ConfigError(f"--output {mode.output}: there is no such directory")
+    if mode.output and Path(f"{mode.output}.part").exists():
+        raise ConfigError(
+            f"--output {mode.output}: {mode.output}.part is there, the answers of a run that was interrupted: move or "
+            "delete it first"
+        )
     if mode.prompts_file:
         return list(_read_file(mode.prompts_file, invocation.sampling))
     if not all(mode.prompt):

@@ -99,7 +99,9 @@ class _LinesInOrder:
         self._early[index] = output
         while self._next in self._early:
             record = _record(self._jobs[self._next], self._early.pop(self._next))
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            line = json.dumps(record, ensure_ascii=False)
+            # half a surrogate pair, which a prompt may hold, is no UTF-8: the escape is what JSON has for it
+            self._file.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
             self._next += 1
         self._file.flush()
 
@@ -129,11 +131,15 @@ def _writer(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     partial = Path(f"{path}.part")
+    file = partial.open("w", encoding="utf-8")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with file:
             yield file
     except BaseException:
-        sys.stderr.write(f"what was answered until now, in order, is in {partial}\n")
+        if partial.stat().st_size:
+            sys.stderr.write(f"what was answered until now, in order, is in {partial}\n")
+        else:
+            partial.unlink()
         raise
     os.replace(partial, path)
 

@@ -82,7 +82,7 @@ class Worker:
         platform = get_platform(config.device)
         model_config = read_model_config(config.model, config.hf_overrides)
         device = platform.open_device(spec.device_index, config)
-        comm = platform.connect(spec.rank, config.tensor_parallel_size, self._rendezvous())
+        comm = platform.connect(spec.rank, config, self._rendezvous())
         self._progress("load", 0, 0)
         runner = ModelRunner(config, model_config, platform, comm, device)
         runner.load(lambda done, total: self._progress("load", done, total))

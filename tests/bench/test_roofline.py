@@ -62,6 +62,14 @@ def test_fewer_requests_at_once_need_more_reads_of_the_weights() -> None:
     assert few.decode > all_at_once.decode
 
 
+def test_weights_of_a_byte_are_read_in_half_the_time_and_the_cache_is_not() -> None:
+    workload = make_workload("upstream_seed0")
+    bf16, int8 = (limit(QWEN3_600M, workload, H100, weight_itemsize=size) for size in (2, 1))
+    assert int8.weight_bytes == bf16.weight_bytes / 2
+    assert int8.cache_bytes == bf16.cache_bytes
+    assert int8.one_request_tokens_per_second == 2 * bf16.one_request_tokens_per_second
+
+
 def test_one_device_pays_for_no_all_reduce() -> None:
     assert limit(QWEN3_600M, make_workload("c1"), H200).all_reduce == 0.0
 

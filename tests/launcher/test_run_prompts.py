@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from nanovllm_dist.config import EngineConfig
-from nanovllm_dist.errors import NanoVLLMError
+from nanovllm_dist.errors import ConfigError, NanoVLLMError
 from nanovllm_dist.launcher.engine import Engine
-from nanovllm_dist.launcher.invocation import Mode
-from nanovllm_dist.launcher.jobs import Job
+from nanovllm_dist.launcher.invocation import Invocation, Mode
+from nanovllm_dist.launcher.jobs import Job, read_jobs
 from nanovllm_dist.launcher.run_prompts import run_jobs
 from nanovllm_dist.sampling_params import SamplingParams
 
@@ -58,6 +58,30 @@ def test_a_conversation_that_the_template_refuses_is_a_record_among_answers(
     assert [record.get("num_tokens") for record in records] == [3, None, 3]
     assert records[1]["error"]["code"] == "invalid_request"
     assert records[1]["messages"] == [{"role": "system", "content": "hi"}]
+
+
+@pytest.mark.slow
+def test_half_a_surrogate_pair_in_a_prompt_is_written_as_json_escapes_it(
+    chatting_model: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    engine = Engine.start(EngineConfig(model=chatting_model, launcher="local", **SMALL))
+    mode = Mode(prompts_file="in.jsonl", output=str(tmp_path / "out.jsonl"))
+    try:
+        run_jobs(engine, mode, [Job(PARAMS, "a\ud800b", id="half"), Job(PARAMS, [5, 6], id="ids")])
+    finally:
+        engine.stop()
+
+    records: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert records[0]["prompt"] == "a\ud800b"
+    assert [record["id"] for record in records] == ["half", "ids"]
+
+
+def test_the_answers_of_an_interrupted_run_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}')
+    (tmp_path / "out.jsonl.part").write_text("precious")
+    mode = Mode(prompts_file=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.jsonl"))
+    with pytest.raises(ConfigError, match="move or delete it first"):
+        read_jobs(Invocation(EngineConfig(model="m"), mode, {}))
 
 
 @pytest.mark.slow

@@ -37,9 +37,11 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 class Silent:
     """A client that asks and asks, and does not say that it has read anything."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, hello: bool = True) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.channel = Channel(self._context, engine.address, wire.RESULT_FRAME_LIMIT, None)
+        if not hello:
+            return
         self.say(wire.Hello())
         frame = self.channel.receive(5)  # a status, before it asks for what needs an engine that is ready
         while frame is not None and wire.decode_server(frame).info is None:  # type: ignore[union-attr]
@@ -120,6 +122,34 @@ def test_what_a_dropped_client_asks_afterwards_is_refused_until_it_says_hello(en
     silent.close()
 
 
+def test_a_dropped_client_is_known_again_only_when_it_has_read(engine: Engine) -> None:
+    watching, silent = engine.connect(), Silent(engine)
+    silent.ask(0, 200)
+    wait_until_requests_are_aborted(watching)
+
+    for _ in range(20):
+        silent.say(wire.Hello())
+        silent.ask(1000, 200)
+    frames = silent.all_there_is()
+
+    assert sum(map(len, frames)) < 2 * LIMIT + 2**16
+    silent.say(wire.FramesRead(10**9))
+    silent.say(wire.Hello())
+    assert any(isinstance(wire.decode_server(frame), wire.EngineStatus) for frame in silent.all_there_is())
+    silent.close()
+
+
+def test_one_that_never_says_hello_is_told_so_and_little_more(engine: Engine) -> None:
+    engine.connect()
+    stranger = Silent(engine, hello=False)
+    stranger.ask(0, 2000)
+    frames = stranger.all_there_is()
+    assert frames
+    assert all(isinstance(wire.decode_server(frame), wire.ProtocolError) for frame in frames)
+    assert sum(map(len, frames)) <= 2**16
+    stranger.close()
+
+
 def test_a_client_that_reads_what_it_gets_gets_many_times_the_limit(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,13 +186,16 @@ def test_a_client_that_was_held_up_for_too_long_finds_an_error_and_not_silence(e
         submit(connection, [1])
 
 
+@pytest.mark.parametrize("by_counters", [False, True], ids=["by a request", "by asking for counters"])
 def test_a_client_whose_connection_was_renewed_while_it_asked_nothing_goes_on(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, by_counters: bool
 ) -> None:
     connection = engine.connect()
     monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.1)
     engine.coordinator._clients._unread.clear()  # as after a reconnect, which comes with a new identity
     time.sleep(0.2)
+    if by_counters:
+        assert connection.stats().running == 0
     _, sink = submit(connection, [3], max_tokens=5)
     sink.wait()
     assert sink.tokens == output_of([3], 5)

@@ -154,6 +154,28 @@ def test_a_rank_that_stands_still_is_waited_for_no_longer_than_patience(tmp_path
     assert 1 <= found["seconds"] < 10
 
 
+def late_for_a_sum_of_many_parts(rank: int, group: GroupCommunicator, _directory: Path) -> dict[str, Any]:
+    assert isinstance(group, CpuGroup)
+    group._group.patience = 1
+    values = (torch.arange(PART_BYTES) // (PART_BYTES // 4) + 1).float()  # four meetings, a number for each
+    group.all_reduce(torch.ones(8))
+    if rank == 0:
+        time.sleep(3)
+    outcomes = []
+    for _ in range(2):
+        try:
+            outcomes.append("right" if torch.equal(group.all_reduce(values.clone()), 2 * values) else "wrong")
+        except EngineDeadError:
+            outcomes.append("refused")
+    return {"outcomes": outcomes}
+
+
+def test_a_rank_that_comes_too_late_never_takes_what_it_finds_for_a_sum(tmp_path: Path) -> None:
+    late, gave_up = in_processes(late_for_a_sum_of_many_parts, 2, tmp_path)
+    assert gave_up["outcomes"] == ["refused", "refused"]
+    assert late["outcomes"] == ["refused", "refused"]
+
+
 def without_kernels_on_rank_1(rank: int, world_size: int, directory: Path) -> None:
     if rank == 1:
         cpu_group.kernel_library = lambda: None  # type: ignore[assignment]

@@ -113,7 +113,7 @@ class Platform(ABC):
         """Claim the device for this process."""
 
     @abstractmethod
-    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
+    def connect(self, rank: int, config: EngineConfig, store: Store | None) -> Communicator:
         """Join the process group over `store`; a world of one needs none."""
 
     @abstractmethod

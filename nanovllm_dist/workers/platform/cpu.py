@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ _WARM_UP_TOKENS = 16
 # each time: 64 decodes of a 135M model on two cores took 297 ms asleep, 209 ms at 1,000 spins, 145 ms at this
 _SPIN_COUNT = "1000000"
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_LONGER_SECONDS = 60
 
 
 class CpuPlatform(Platform):
@@ -94,7 +96,7 @@ class CpuPlatform(Platform):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         return torch.device("cpu")
 
-    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
+    def connect(self, rank: int, config: EngineConfig, store: Store | None) -> Communicator:
         """Join a gloo group; ranks on one host share memory besides."""
         from nanovllm_dist.models.parallel import SingleRank
 
@@ -104,8 +106,11 @@ class CpuPlatform(Platform):
 
         from nanovllm_dist.workers.platform.cpu_group import open_group
 
+        world_size = config.tensor_parallel_size
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
-        return open_group(store, _COLLECTIVE_TIMEOUT.total_seconds())
+        # the coordinator, which knows more, is to give up first; ranks may load at different speeds too
+        patience = max(config.startup_timeout, config.step_timeout or math.inf) + _LONGER_SECONDS
+        return open_group(store, patience)
 
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
@@ -117,13 +122,13 @@ class CpuPlatform(Platform):
         return cpu_layers(CpuAttention(model.head_dim, dtype), dtype, config.weight_format == "int8")
 
     def fuse_layers(self, model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> FusedLayers | None:
-        """Steps of few decodes, by one C call."""
+        """The layers of a step by one C call, in bfloat16."""
         from nanovllm_dist.workers.platform.cpu_step import fuse_step
 
         return fuse_step(model, comm, dtype)
 
     def device_sampler(self, comm: Communicator, head: LMHead) -> DeviceSampler | None:
-        """A C kernel for bfloat16 on one rank, which needs the logits in no other form."""
+        """A C kernel for bfloat16 on one rank or the ranks of one host, which needs the logits in no other form."""
         from nanovllm_dist.workers.platform.cpu_sampler import cpu_sampler
 
         return cpu_sampler(comm, head)

@@ -5,8 +5,9 @@
    meeting n + 1 when all its threads have read the parts of meeting n, and nobody writes that half again before
    having seen all ranks at n + 1. What is longer than a part takes several meetings.
 
-   A rank that dies, or is not there within `patience`, is remembered in `lost`: from then on nobody waits, and what
-   comes out means nothing. cpu_step.c includes it; it knows nothing of layers. */
+   A rank that dies, or is not there within `patience`, is remembered in `lost`. From then on this rank does not wait,
+   what comes out of it means nothing, and it writes no part and comes to no meeting, so that one that was only late
+   does not take such a part for a right one. cpu_step.c includes it; it knows nothing of layers. */
 
 #include <poll.h>
 #include <sched.h>
@@ -46,6 +47,8 @@ static inline int is_there(const group *with, int rank, uint64_t turn) {
     return __atomic_load_n(with->arrived + (int64_t)rank * APART, __ATOMIC_ACQUIRE) >= turn;
 }
 
+static inline int is_lost(const group *with) { return __atomic_load_n(&with->lost, __ATOMIC_RELAXED) != 0; }
+
 static int64_t seconds_now(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -62,7 +65,7 @@ static void await_rank(group *with, int rank, uint64_t turn) {
         if (looks < LOOKS_YIELDING) sched_yield();
         else nanosleep(&(struct timespec){0, NAP_NS}, 0);
         if (looks % LOOKS_PER_CHECK) continue;
-        if (__atomic_load_n(&with->lost, __ATOMIC_RELAXED)) return;
+        if (is_lost(with)) return;
         if (!since) since = seconds_now();
         struct pollfd process = {with->processes[rank], POLLIN, 0};
         const int ended = poll(&process, 1, 0) > 0, late = seconds_now() - since > with->patience;
@@ -73,7 +76,8 @@ static void await_rank(group *with, int rank, uint64_t turn) {
 
 /* By every thread of this rank, all of which have written what they had to and passed a barrier. */
 static void meet(group *with, uint64_t turn, int thread) {
-    if (thread == 0) __atomic_store_n(with->arrived + (int64_t)with->rank * APART, turn, __ATOMIC_RELEASE);
+    if (thread == 0 && !is_lost(with))
+        __atomic_store_n(with->arrived + (int64_t)with->rank * APART, turn, __ATOMIC_RELEASE);
     for (int rank = 0; rank < with->ranks; rank++)
         if (rank != with->rank) await_rank(with, rank, turn);
 }
@@ -99,7 +103,8 @@ static void meet(group *with, uint64_t turn, int thread) {
             const int64_t now = count < most ? count : most;                                               \
             const int from = FROM(now), to = TO(now);                                                      \
             turn++;                                                                                        \
-            memcpy((T *)part_of(with, with->rank, turn) + from, data + from, (to - from) * sizeof *data);  \
+            T *part = (T *)part_of(with, with->rank, turn);                                                \
+            if (!is_lost(with)) memcpy(part + from, data + from, (to - from) * sizeof *data);              \
             _Pragma("omp barrier") meet(with, turn, thread);                                               \
             NAME##_parts(with, turn, from, to, data);                                                      \
         }                                                                                                  \
@@ -129,7 +134,8 @@ int group_sum(group *with, void *data, int64_t count, int is_bf16) {
 int group_gather(group *with, const uint8_t *own, uint8_t *all, int64_t bytes) {
     for (int64_t done = 0; done < bytes; done += with->part_bytes) {
         const int64_t now = bytes - done < with->part_bytes ? bytes - done : with->part_bytes;
-        memcpy(part_of(with, with->rank, ++with->turn), own + done, now);
+        with->turn++;
+        if (!is_lost(with)) memcpy(part_of(with, with->rank, with->turn), own + done, now);
         meet(with, with->turn, 0);
         for (int rank = 0; all && rank < with->ranks; rank++)
             memcpy(all + rank * bytes + done, part_of(with, rank, with->turn), now);
@@ -142,7 +148,7 @@ int group_broadcast(group *with, uint8_t *data, int64_t bytes) {
     for (int64_t done = 0; done < bytes; done += with->part_bytes) {
         const int64_t now = bytes - done < with->part_bytes ? bytes - done : with->part_bytes;
         with->turn++;
-        if (with->rank == 0) memcpy(part_of(with, 0, with->turn), data + done, now);
+        if (with->rank == 0 && !is_lost(with)) memcpy(part_of(with, 0, with->turn), data + done, now);
         meet(with, with->turn, 0);
         if (with->rank != 0) memcpy(data + done, part_of(with, 0, with->turn), now);
     }

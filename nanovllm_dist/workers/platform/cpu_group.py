@@ -29,6 +29,7 @@ log = logging.getLogger("worker")
 # Of a meeting; 8 rows of a hidden size of 16,384, which is what a step of few decodes sums at most
 PART_BYTES = 2**18
 _HEADER_BYTES = 128  # of each rank: its number of the last meeting, alone on its cache lines
+_MARK_BYTES = 16
 _CPU = torch.device("cpu")
 _SUMMED = (torch.bfloat16, torch.float32)
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -54,7 +55,7 @@ class CpuGroup(GroupCommunicator):
     Every rank must make the same calls in the same order. Sums are added in rank order in float32 and rounded once.
 
     Raises, from every method:
-        EngineDeadError: a rank has ended, or did not come in time. All later calls raise it too.
+        EngineDeadError: a rank has ended, or did not come in time. All later calls raise it too, and do nothing.
     """
 
     def __init__(self, library: ctypes.CDLL, memory: mmap.mmap, processes: list[int], patience: float) -> None:
@@ -71,12 +72,12 @@ class CpuGroup(GroupCommunicator):
             part_bytes=PART_BYTES,
             rank=self.rank,
             ranks=self.world_size,
-            patience=int(patience),
+            patience=int(min(patience, 2**31 - 1)),
         )
 
     @property
     def pointer(self) -> int:
-        """Where other kernels of the library find the group; `check` after each of them."""
+        """Where other kernels of the library find the group; `check` before and after each of them."""
         return ctypes.addressof(self._group)
 
     def check(self) -> None:
@@ -92,10 +93,10 @@ class CpuGroup(GroupCommunicator):
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place where `tensor` is contiguous."""
         if tensor.dtype not in _SUMMED:
+            self.check()
             return super().all_reduce(tensor)
         tensor = tensor.contiguous()
-        self._sum(self.pointer, tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.bfloat16)
-        self.check()
+        self._call(self._sum, tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.bfloat16)
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
@@ -112,16 +113,19 @@ class CpuGroup(GroupCommunicator):
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's content, in place."""
         packed = tensor.contiguous()
-        self._broadcast(self.pointer, packed.data_ptr(), packed.nbytes)
-        self.check()
+        self._call(self._broadcast, packed.data_ptr(), packed.nbytes)
         return tensor if packed is tensor else tensor.copy_(packed)
 
     def _exchange(self, tensor: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         tensor = tensor.contiguous()
         parts = tensor.new_empty(self.world_size, *tensor.shape) if wanted else None
-        self._gather(self.pointer, tensor.data_ptr(), None if parts is None else parts.data_ptr(), tensor.nbytes)
-        self.check()
+        self._call(self._gather, tensor.data_ptr(), None if parts is None else parts.data_ptr(), tensor.nbytes)
         return parts
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        self.check()
+        function(self.pointer, *arguments)
+        self.check()
 
 
 def open_group(store: Store, patience: float) -> GroupCommunicator:
@@ -148,33 +152,36 @@ def _library() -> ctypes.CDLL:
 
 
 def _announce(store: Store, closing: ExitStack) -> None:
-    """Tell the others where this process is found; rank 0 also makes the memory."""
-    rank, descriptor = dist.get_rank(), -1
+    """Tell the others where this process is found; rank 0 also makes the memory, and a mark to know it by."""
+    rank, descriptor, mark = dist.get_rank(), -1, os.urandom(_MARK_BYTES)
     if rank == 0:
         descriptor = os.memfd_create("nanovllm-ranks", os.MFD_CLOEXEC)
         closing.callback(os.close, descriptor)
         os.ftruncate(descriptor, _memory_bytes())
+        os.pwrite(descriptor, mark, _memory_bytes() - _MARK_BYTES)
     # a process number means something to those who count processes alike, which containers do not
     counted_by = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    store.set(f"cpu_group/{rank}", f"{counted_by} {os.getpid()} {descriptor}")
+    store.set(f"cpu_group/{rank}", f"{counted_by} {os.getpid()} {descriptor} {mark.hex()}")
 
 
 def _join(store: Store) -> tuple[mmap.mmap, list[int]]:
     """The memory of rank 0, mapped, and a descriptor of each rank's process."""
     ranks = [store.get(f"cpu_group/{rank}").decode().split() for rank in range(dist.get_world_size())]
-    if len({counted_by for counted_by, _pid, _descriptor in ranks}) > 1:
+    if len({rank[0] for rank in ranks}) > 1:
         raise UnavailableError("the ranks are on several hosts, or in containers of their own")
-    _counted_by, pid, made = ranks[0]
+    _counted_by, pid, made, mark = ranks[0]
     descriptor = os.open(f"/proc/{pid}/fd/{made}", os.O_RDWR | os.O_CLOEXEC)
     try:
         memory = mmap.mmap(descriptor, _memory_bytes())
     finally:
         os.close(descriptor)
-    return memory, [os.pidfd_open(int(pid)) for _counted_by, pid, _descriptor in ranks]
+    if memory[-_MARK_BYTES:].hex() != mark:  # machines copied from one another count alike
+        raise UnavailableError(f"what process {pid} has open is not the memory of these ranks")
+    return memory, [os.pidfd_open(int(rank[1])) for rank in ranks]
 
 
 def _memory_bytes() -> int:
-    return dist.get_world_size() * (_HEADER_BYTES + 2 * PART_BYTES)
+    return dist.get_world_size() * (_HEADER_BYTES + 2 * PART_BYTES) + _MARK_BYTES
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:

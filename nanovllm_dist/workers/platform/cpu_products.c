@@ -15,8 +15,8 @@
 #define LANES 16  /* outputs of one vector */
 #define TILE_ROWS 6 /* with four vectors of outputs, as many sums as there are registers for */
 #define LINE 64   /* bytes of a cache line */
+#define NARROW_ROWS 4 /* rows of a tile whose weights are widened in registers, which takes some */
 #define HUGE_PAGE (1 << 21) /* bytes */
-#define NARROW_ROWS 4 /* the same where weights are widened in registers, which takes some */
 
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));

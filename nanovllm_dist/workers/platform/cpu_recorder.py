@@ -78,6 +78,8 @@ class CpuRecorder:
         now = _Decodes(*(each.data_ptr() for each in (*inputs, tokens)), len(lengths))
 
         def replay(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            if self._group is not None:
+                self._group.check()
             self._decode(ctypes.byref(decoder), ctypes.byref(now))
             if self._group is not None:
                 self._group.check()

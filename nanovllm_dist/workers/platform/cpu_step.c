@@ -87,7 +87,9 @@ static void add_norm(uint16_t *total, const uint16_t *delta, const uint16_t *wei
 
 /* Where a product goes that ranks will add up: its part of the next meeting, or `alone` without other ranks. */
 static uint16_t *place(const group *with, uint64_t *turn, uint16_t *alone) {
-    return with ? (uint16_t *)part_of(with, with->rank, ++*turn) : alone;
+    if (!with) return alone;
+    ++*turn;
+    return is_lost(with) ? alone : (uint16_t *)part_of(with, with->rank, *turn);
 }
 
 /* The sum over ranks of what is there, when all threads of this one have passed a barrier; in `whole` unless alone. */

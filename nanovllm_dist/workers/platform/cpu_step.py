@@ -110,9 +110,12 @@ class CpuStep:
         few = batch.num_decodes == rows <= self.few_rows
         run, step = (self._run_few, self._few) if few else (self._run, self._batch)
         now = step(hidden, output, batch, plan)
-        group = None if self._group is None else self._group.pointer
-        run(self._layers, ctypes.byref(self._shape), self._final.data_ptr(), ctypes.byref(now), group)
-        if self._group is not None:
+        arguments = (self._layers, ctypes.byref(self._shape), self._final.data_ptr(), ctypes.byref(now))
+        if self._group is None:
+            run(*arguments, None)
+        else:
+            self._group.check()
+            run(*arguments, self._group.pointer)
             self._group.check()
         return output
 

@@ -105,7 +105,7 @@ class CudaPlatform(Platform):
         torch.cuda.set_device(device_index)
         return torch.device("cuda", device_index)
 
-    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
+    def connect(self, rank: int, config: EngineConfig, store: Store | None) -> Communicator:
         """Join an NCCL group; sums go through symmetric memory where the host allows it."""
         from nanovllm_dist.models.parallel import SingleRank
 
@@ -117,6 +117,7 @@ class CudaPlatform(Platform):
         from nanovllm_dist.workers.platform.symmetric_memory import open_communicator
 
         device = torch.device("cuda", torch.cuda.current_device())
+        world_size = config.tensor_parallel_size
         dist.init_process_group(
             "nccl", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT, device_id=device
         )

@@ -96,7 +96,7 @@ class NpuPlatform(Platform):
         npu.set_compile_mode(jit_compile=False)  # CANN's compiled operators, not one made for each shape
         return torch.device("npu", device_index)
 
-    def connect(self, rank: int, world_size: int, store: Store | None) -> Communicator:
+    def connect(self, rank: int, config: EngineConfig, store: Store | None) -> Communicator:
         """Join an HCCL group."""
         from nanovllm_dist.models.parallel import SingleRank
 
@@ -104,7 +104,7 @@ class NpuPlatform(Platform):
             return SingleRank()
         from nanovllm_dist.workers.platform.npu_hccl import open_communicator
 
-        return open_communicator(rank, world_size, store)
+        return open_communicator(rank, config.tensor_parallel_size, store)
 
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
