@@ -9,23 +9,22 @@ import json
 import os
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from rank_processes import in_processes, run_rank
 
 from nanovllm_dist.errors import EngineDeadError
 from nanovllm_dist.models.parallel import GroupCommunicator
 from nanovllm_dist.workers.platform import cpu_group
-from nanovllm_dist.workers.platform.cpu_group import PART_BYTES, CpuGroup, open_group
+from nanovllm_dist.workers.platform.cpu_group import PART_BYTES, CpuGroup
 
 WORLD_SIZES = (2, 3)
 # Elements of bfloat16: one, a row, one meeting full, two and a bit, and nothing
 COUNTS = (1, 576, PART_BYTES // 2, PART_BYTES + 6, 0)
-PATIENCE = 30.0
 IN_A_ROW = 2000
 
 
@@ -33,20 +32,6 @@ IN_A_ROW = 2000
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, in rank order."""
     return in_processes(check_everything, request.param, tmp_path_factory.mktemp("ranks"))
-
-
-def in_processes(work: Any, world_size: int, directory: Path) -> list[dict[str, Any]]:
-    torch.multiprocessing.spawn(run_rank, (work, world_size, directory), nprocs=world_size)
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(world_size)]
-
-
-def run_rank(rank: int, work: Any, world_size: int, directory: Path) -> None:
-    torch.set_num_threads(2)
-    store = dist.FileStore(str(directory / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-    found = work(rank, open_group(store, PATIENCE), directory)
-    (directory / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def part(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:

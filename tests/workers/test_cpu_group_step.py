@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from cpu_steps import BF16, CPU, MODELS, decodes, make_model, mixed, native, run, run_mixed
+from rank_processes import in_processes
 
 from nanovllm_dist.models.layers.decoder import DecoderLM
 from nanovllm_dist.models.layers.embedding import LMHead, VocabWeight
 from nanovllm_dist.models.layers.kernels import TorchLayers
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
-from nanovllm_dist.models.parallel import Communicator, SingleRank
-from nanovllm_dist.workers.platform.cpu_group import CpuGroup, open_group
+from nanovllm_dist.models.parallel import Communicator, GroupCommunicator, SingleRank
+from nanovllm_dist.workers.platform.cpu_group import CpuGroup
 from nanovllm_dist.workers.platform.cpu_sampler import CpuSampler, cpu_sampler
 from nanovllm_dist.workers.platform.cpu_step import FEW_ROWS, fuse_step
 
@@ -36,22 +34,14 @@ VOCAB = 251
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found, in rank order."""
-    directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (directory,), nprocs=2)
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return in_processes(check_everything, 2, tmp_path_factory.mktemp("ranks"))
 
 
-def run_rank(rank: int, directory: Path) -> None:
-    torch.set_num_threads(2)
-    store = dist.FileStore(str(directory / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    comm = open_group(store, 60)
-    assert isinstance(comm, CpuGroup)
+def check_everything(rank: int, group: GroupCommunicator, directory: Path) -> dict[str, Any]:
+    assert isinstance(group, CpuGroup)
     own = directory / f"model{rank}"
     own.mkdir()
-    found = {"steps": {name: check_steps(name, own, comm) for name in NAMES}, "tokens": check_sampler(comm)}
-    (directory / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return {"steps": {name: check_steps(name, own, group) for name in NAMES}, "tokens": check_sampler(group)}
 
 
 def check_steps(name: str, directory: Path, comm: CpuGroup) -> dict[str, dict[str, Any]]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from cpu_steps import BF16, BLOCK_SIZE, CPU, MODELS, decodes, make_model, native
+from rank_processes import in_processes
 
 from nanovllm_dist.models.layers.decoder import DecoderLM
 from nanovllm_dist.models.layers.kernels import TorchLayers
 from nanovllm_dist.models.layers.torch_attention import TorchAttention
-from nanovllm_dist.models.parallel import Communicator, SingleRank
+from nanovllm_dist.models.parallel import Communicator, GroupCommunicator, SingleRank
 from nanovllm_dist.workers.decode_step import DecodeStep
 from nanovllm_dist.workers.graphs import Graphs
-from nanovllm_dist.workers.platform.cpu_group import CpuGroup, open_group
+from nanovllm_dist.workers.platform.cpu_group import CpuGroup
 from nanovllm_dist.workers.platform.cpu_recorder import CpuRecorder, cpu_recorder
 from nanovllm_dist.workers.platform.cpu_sampler import cpu_sampler
 from nanovllm_dist.workers.platform.cpu_step import FEW_ROWS, fuse_step
@@ -125,24 +123,18 @@ def test_there_is_no_recorder_for_other_layers_or_other_hosts() -> None:
 
 
 def test_two_ranks_run_the_same_step_in_one_call_each(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
-    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    found = in_processes(differences_of_all, 2, tmp_path)
     assert found == [{f"{name}, {rows}": [] for name in NAMES for rows in LENGTHS}] * 2
 
 
-def run_rank(rank: int, directory: Path) -> None:
-    torch.set_num_threads(2)
-    store = dist.FileStore(str(directory / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    comm = open_group(store, 60)
-    assert isinstance(comm, CpuGroup)
+def differences_of_all(rank: int, group: GroupCommunicator, directory: Path) -> dict[str, Any]:
+    assert isinstance(group, CpuGroup)
     own = directory / f"model{rank}"
     own.mkdir()
     found = {}
     for name in NAMES:
         kernels = native(MODELS[name]["head_dim"])
-        model = make_model(name, own, kernels, comm=comm)
+        model = make_model(name, own, kernels, comm=group)
         for rows, lengths in LENGTHS.items():
-            found[f"{name}, {rows}"] = differences(model, comm, kernels, lengths, fused=True)
-    (directory / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+            found[f"{name}, {rows}"] = differences(model, group, kernels, lengths, fused=True)
+    return found

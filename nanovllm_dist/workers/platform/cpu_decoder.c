@@ -17,7 +17,7 @@ typedef struct {
     group *with;            /* null for one rank */
     const int32_t *starts;  /* [ranks + 1], where each rank's part of the vocabulary begins */
     int64_t table_stride;
-    int32_t columns, rank, ranks;
+    int32_t columns;
     int32_t few; /* rows up to which `decode_step` is the faster way */
 } decoder;
 
@@ -41,19 +41,23 @@ static void *take(char **space, int64_t bytes) {
     return piece;
 }
 
-static int vocabulary(const decoder *all) { return all->starts[all->ranks]; }
+static int rank_of(const decoder *all) { return all->with ? all->with->rank : 0; }
+
+static int ranks_of(const decoder *all) { return all->with ? all->with->ranks : 1; }
+
+static int vocabulary(const decoder *all) { return all->starts[ranks_of(all)]; }
 
 /* Bytes for steps of up to `rows` rows. */
 int64_t decoder_space(const decoder *all, int64_t rows) {
     const shape *of = all->of;
-    const int64_t logits = all->ranks > 1 ? rows * (all->ranks * (int64_t)all->columns + vocabulary(all)) : 0;
+    const int64_t logits = all->with ? rows * (ranks_of(all) * (int64_t)all->columns + vocabulary(all)) : 0;
     return ALIGNED(rows * of->hidden * 2) * 2 + ALIGNED(rows * of->dim * sizeof(float)) * 2 +
            ALIGNED(rows * all->table_stride * sizeof(int32_t)) + ALIGNED((rows + 1) * sizeof(int32_t)) +
            ALIGNED(batch_space(of, rows) * 2) + ALIGNED(logits * 2) + 64;
 }
 
 static void embed(const decoder *all, const decodes *now, uint16_t *hidden) {
-    const int64_t size = all->of->hidden, first = all->starts[all->rank], end = all->starts[all->rank + 1];
+    const int64_t size = all->of->hidden, first = all->starts[rank_of(all)], end = all->starts[rank_of(all) + 1];
     for (int row = 0; row < now->rows; row++, hidden += size) {
         const int64_t token = all->known[now->places[row]];
         if (first <= token && token < end) memcpy(hidden, all->embeddings + (token - first) * size, size * sizeof *hidden);
@@ -90,20 +94,20 @@ static void run_layers(const decoder *all, const decodes *now, const uint16_t *h
 
 /* Rank 0 samples from what it gathers of all. */
 static void sample(const decoder *all, const decodes *now, char *space) {
-    const int rows = now->rows, vocab = vocabulary(all), columns = all->columns;
+    const int rows = now->rows, vocab = vocabulary(all), columns = all->columns, own = rank_of(all);
     const uint16_t *whole = all->logits;
-    if (all->ranks > 1) {
+    if (all->with) {
         const int64_t part = (int64_t)rows * columns;
-        uint16_t *parts = take(&space, all->ranks * part * sizeof *parts), *rest = (uint16_t *)space;
-        group_gather(all->with, (const uint8_t *)all->logits, all->rank ? 0 : (uint8_t *)parts, part * sizeof *parts);
-        for (int rank = 0; all->rank == 0 && rank < all->ranks; rank++)
+        uint16_t *parts = take(&space, ranks_of(all) * part * sizeof *parts), *rest = (uint16_t *)space;
+        group_gather(all->with, (const uint8_t *)all->logits, own ? 0 : (uint8_t *)parts, part * sizeof *parts);
+        for (int rank = 0; own == 0 && rank < ranks_of(all); rank++)
             for (int row = 0; row < rows; row++)
                 memcpy(rest + (int64_t)row * vocab + all->starts[rank], parts + rank * part + (int64_t)row * columns,
                        (all->starts[rank + 1] - all->starts[rank]) * sizeof *rest);
         whole = rest;
     }
-    if (all->rank == 0)
-        sample_rows(whole, all->ranks > 1 ? vocab : columns, now->inv_temperature, now->uniforms, now->tokens, rows, vocab);
+    if (own == 0)
+        sample_rows(whole, all->with ? vocab : columns, now->inv_temperature, now->uniforms, now->tokens, rows, vocab);
     if (all->with) group_broadcast(all->with, (uint8_t *)now->tokens, rows * sizeof *now->tokens);
 }
 

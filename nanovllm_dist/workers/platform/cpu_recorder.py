@@ -30,7 +30,7 @@ class _Decoder(ctypes.Structure):
         ("head", Matrix),
         *((name, _POINTER) for name in ("cos", "sin", "known", "tables", "logits", "space", "group", "starts")),
         ("table_stride", _LONG),
-        *((name, _INT) for name in ("columns", "rank", "ranks", "few")),
+        *((name, _INT) for name in ("columns", "few")),
     ]
 
 
@@ -53,7 +53,6 @@ class CpuRecorder:
     records_ahead = False
 
     def __init__(self, library: ctypes.CDLL, comm: Communicator) -> None:
-        self._comm = comm
         self._group = comm if isinstance(comm, CpuGroup) else None
         self._decode: Any = library.decode_tokens
         self._decode.argtypes, self._decode.restype = [_POINTER, _POINTER], None
@@ -107,8 +106,6 @@ class CpuRecorder:
             starts=starts.data_ptr(),
             table_stride=step.block_tables.stride(0),
             columns=model.lm_head.columns,
-            rank=self._comm.rank,
-            ranks=self._comm.world_size,
             few=layers.few_rows,
         )
         space = torch.empty(self._space_of(ctypes.byref(decoder), len(step.logits)), dtype=torch.uint8)
