@@ -30,6 +30,7 @@ class DecodeStep(nn.Module):
     Attributes:
         known, sampled: the token table, as it is read and as it is written. They are one tensor; a compiler that copies
             what is both read and written may be shown two.
+        starts: where the tokens of each row begin, and end: one each.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class DecodeStep(nn.Module):
         self.block_tables = block_tables
         self.kv_caches = kv_caches
         self.logits = logits
+        self.starts = torch.arange(len(block_tables) + 1, dtype=torch.int32, device=token_ids.device)
 
     def forward(self, inputs: list[torch.Tensor], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens int64 [size], this rank's logits [size, columns]).
@@ -63,13 +65,13 @@ class DecodeStep(nn.Module):
             slot_mapping=cache_slots,
             block_tables=self.block_tables.index_select(0, slots),
             context_lens=context_lens,
-            query_start=torch.arange(size + 1, dtype=torch.int32, device=slots.device),
+            query_start=self.starts[: size + 1],
             num_decodes=size,
             host_query_lens=[1] * len(lengths),
             host_context_lens=lengths,
             kv_caches=self.kv_caches,
         )
-        hidden = self.model.forward(self.known.index_select(0, places).long(), positions, batch)
+        hidden = self.model.forward(self.known.index_select(0, places), positions, batch)
         logits = self.model.lm_head.forward(hidden, out=None if self.logits is None else self.logits[:size])
         tokens = self.sampler.sample(logits, inv_temperature, uniforms)
-        return self.sampler.append(self.sampled, places + 1, tokens), logits
+        return self.sampler.append(self.sampled, places, tokens), logits

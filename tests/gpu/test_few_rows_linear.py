@@ -75,6 +75,20 @@ class TestFewRowsLinear:
         for rows in range(1, MAX_ROWS):
             assert torch.equal(few_rows_linear(x[MAX_ROWS - rows :], weight), together[MAX_ROWS - rows :])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_is_added_to_what_is_there(self, rows: int, dtype: torch.dtype) -> None:
+        x, weight = random(rows, 1030, dtype=dtype), random(300, 1030, dtype=dtype, seed=1)
+        total = random(rows, 400, dtype=dtype, seed=2) * 50
+        before = total.clone()
+        few_rows_linear(x, weight, total[:, 50:350], add=True)
+        exact = x.double() @ weight.double().t() + before[:, 50:350].double()
+        sizes = x.double().abs() @ weight.double().abs().t() + before[:, 50:350].double().abs()
+        allowed = 1.01 * UNIT[dtype] * exact.abs() + SUM_UNIT * sizes
+        assert bool(((total[:, 50:350].double() - exact).abs() <= allowed).all())
+        assert torch.equal(total[:, :50], before[:, :50])
+        assert torch.equal(total[:, 350:], before[:, 350:])
+
     def test_no_rows_and_no_features(self) -> None:
         x, weight = random(2, 64, dtype=torch.float32), random(5, 64, dtype=torch.float32)
         assert few_rows_linear(x[:0], weight).shape == (0, 5)

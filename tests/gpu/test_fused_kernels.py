@@ -82,13 +82,17 @@ def replay(run: Callable[[], torch.Tensor]) -> torch.Tensor:
     return output
 
 
+def inverse_rms(rows: torch.Tensor) -> torch.Tensor:
+    """[T, 1] in fp64."""
+    return torch.rsqrt(rows.double().pow(2).mean(-1, keepdim=True) + EPS)
+
+
 class TestAddRmsNorm:
     """normed, total = add_rms_norm(x, residual, weight, eps)"""
 
     @staticmethod
     def exact(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        wide = total.double()
-        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
+        return total.double() * inverse_rms(total) * weight.double()
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("tokens", TOKENS)
@@ -167,9 +171,25 @@ class TestSiluMul:
         alone = torch.cat([silu_mul(wide[i : i + 1, :6144].contiguous()) for i in (0, 100, 256)])
         assert torch.equal(alone, batch[[0, 100, 256]])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize(("size", "width"), [(3072, 1024), (6400, 5120), (37, 100)])
+    def test_with_hidden_rows_it_divides_by_their_root_mean_square(
+        self, size: int, width: int, tokens: int, dtype: torch.dtype
+    ) -> None:
+        gate_up, hidden = (
+            random(tokens, 2 * size, dtype=dtype, scale=40),
+            random(tokens, 2 * width, dtype=dtype, scale=9),
+        )
+        hidden = hidden[:, :width]
+        exact = self.exact(gate_up.double() * inverse_rms(hidden))
+        assert_close(silu_mul(gate_up, hidden, EPS), exact, roundings=2, scale=2.0**-10)
+
     def test_what_does_not_fit_is_refused(self) -> None:
         with pytest.raises(ValueError, match="even"):
             silu_mul(random(2, 5))
+        with pytest.raises(ValueError, match="hidden"):
+            silu_mul(random(2, 6), random(3, 4), EPS)
 
 
 class Step(NamedTuple):
@@ -183,6 +203,8 @@ class Step(NamedTuple):
     slots: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    bias: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     def run(self, heads: Heads, out: torch.Tensor | None = None) -> torch.Tensor:
         return norm_rope_store(
@@ -199,6 +221,9 @@ class Step(NamedTuple):
             self.keys,
             self.values,
             out,
+            self.bias,
+            self.hidden,
+            EPS,
         )
 
     def rows(self, *chosen: int) -> Step:
@@ -236,7 +261,7 @@ def exact_query_key(heads: Heads, step: Step) -> tuple[torch.Tensor, torch.Tenso
     """Rotated queries and keys [T, heads, head_dim] in fp64, and what was added up to each of their elements."""
     wide = step.qkv[:, : heads.rotated * heads.head_dim].double().unflatten(-1, (heads.rotated, heads.head_dim))
     if step.weight is not None:
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * step.weight.double()
+        wide = wide * inverse_rms(wide) * step.weight.double()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((second, first), dim=-1)
     cos, sin = (table[step.positions].double().unsqueeze(1) for table in (step.cos, step.sin))
@@ -261,6 +286,28 @@ class TestNormRopeStore:
         assert_close(rotated, exact, roundings=3 if norm else 1, scale=scale)
         value = step.qkv[:, heads.rotated * heads.head_dim :].view(tokens, heads.num_kv_heads, heads.head_dim)
         assert torch.equal(step.values[blocks, offsets], value)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("heads", [QWEN3_06B, SMOLLM2, Heads(6, 2, 80)], ids=str)
+    def test_with_hidden_rows_it_divides_by_their_root_mean_square(
+        self, heads: Heads, bias: bool, tokens: int, dtype: torch.dtype
+    ) -> None:
+        step = make_step(heads, tokens, dtype, norm=not bias)
+        hidden = random(tokens, 900, dtype=dtype, seed=5, scale=7)[:, :576]
+        offset = random(heads.width, dtype=dtype, seed=6) if bias else None
+        scaled = (step.qkv.float() * inverse_rms(hidden).float() + (0.0 if offset is None else offset.float())).to(
+            dtype
+        )
+        expected = step._replace(qkv=scaled, keys=step.keys.clone(), values=step.values.clone())
+        actual = step._replace(hidden=hidden, bias=offset)
+        blocks, offsets = step.slots // BLOCK_SIZE, step.slots % BLOCK_SIZE
+        pairs = [(actual.run(heads), expected.run(heads))]
+        pairs += [(getattr(actual, part)[blocks, offsets], getattr(expected, part)[blocks, offsets])
+                  for part in ("keys", "values")]  # fmt: skip
+        for mine, theirs in pairs:
+            assert_close(mine, theirs.double(), roundings=4, scale=theirs.double().abs().amax(-1, keepdim=True))
 
     @pytest.mark.parametrize("heads_first", [True, False])
     def test_writes_the_named_slots_and_no_others(self, heads_first: bool) -> None:
@@ -307,6 +354,10 @@ class TestNormRopeStore:
             step._replace(keys=step.keys.float()).run(QWEN3_06B)
         with pytest.raises(ValueError, match="table"):
             step._replace(cos=step.cos.half()).run(QWEN3_06B)
+        with pytest.raises(ValueError, match="hidden"):
+            step._replace(hidden=step.qkv[:2]).run(QWEN3_06B)
+        with pytest.raises(ValueError, match="bias"):
+            step._replace(bias=step.qkv[0]).run(QWEN3_06B)
 
 
 class TestGraphs:

@@ -283,3 +283,23 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         kernels.choose(statistics, logits, uniforms_of(2).float(), inv_temperature, out, **place)
     with pytest.raises(ValueError, match="rank 1"):
         kernels.choose(statistics, logits, uniforms_of(2), inv_temperature, out, **{**place, "rank": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("rows", [1, 32, 257])
+def test_tokens_are_written_behind_their_places(rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    places = torch.randperm(1000, generator=generator)[:rows].to(DEVICE)
+    tokens = torch.randint(VOCAB, (rows,), generator=generator).to(DEVICE)
+    table = torch.full((1001,), -1, dtype=dtype, device=DEVICE)
+    assert kernels.append_tokens(table, places, tokens) is tokens
+    assert torch.equal(table[places + 1], tokens.to(dtype))
+    assert int((table >= 0).sum()) == rows
+
+
+def test_tokens_that_do_not_fit_their_places_are_refused() -> None:
+    table, places = torch.zeros(9, dtype=torch.int32, device=DEVICE), torch.arange(3, device=DEVICE)
+    with pytest.raises(ValueError, match="2 tokens"):
+        kernels.append_tokens(table, places, places[:2])
+    with pytest.raises(ValueError, match="int32"):
+        kernels.append_tokens(table, places, places.int())

@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
 
 
 class FusedLayers(Protocol):
-    """All layers and the final norm as one operation, for the steps that it takes."""
+    """All layers and the final norm in a way of the device's own, for the steps that it takes."""
 
     def takes(self, batch: AttentionBatch) -> bool:
         """Whether it runs such a step."""
@@ -122,7 +122,8 @@ class DecoderLM(nn.Module):
         self.lm_head = LMHead(self.output_vocab, config.tie_word_embeddings, comm)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, equal on all ranks."""
+        """input_ids [T] int32 or int64, positions [T] int64 -> hidden states [T, hidden] after the final norm, equal on
+        all ranks."""
         plan = self._kernels.prepare(batch, positions, self.rotary)
         hidden, residual = self.embedding(input_ids), None
         if self.fused is not None and self.fused.takes(batch):

@@ -49,7 +49,7 @@ class VocabEmbedding(nn.Module):
         self._comm = comm
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """See the class; ids are int64 in [0, vocab)."""
+        """See the class; ids are int32 or int64 in [0, vocab)."""
         if self._comm.world_size == 1:
             return F.embedding(input_ids, self._rows.weight)
         elsewhere = (input_ids < self._rows.start) | (input_ids >= self._rows.end)

@@ -47,11 +47,14 @@ def max_rows(weight: torch.Tensor) -> int:
     return MAX_ROWS if row_bytes <= _SHORT_BYTES else _MAX_LONG_ROWS
 
 
-def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def few_rows_linear(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None, *, add: bool = False
+) -> torch.Tensor:
     """x [R, K], weight [N, K] contiguous, of one dtype -> x @ weight.T, [R, N] of that dtype; R at most MAX_ROWS.
 
     The dtype is bf16, fp16 or fp32. Rows of x and of `out` may be apart by any stride. `out` is new if None, and must
-    not overlap x. Compiled once for each dtype, K and cut, and for 1, 2 and 3 to 4 rows.
+    not overlap x; with `add` the product is added to what it holds, and the sum rounded once. Compiled once for each
+    dtype, K and cut, with and without `add`, and for 1, 2 and 3 to 4 rows.
 
     Raises:
         ValueError: too many rows, or shapes, dtypes or strides other than these.
@@ -59,6 +62,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | N
     rows, features, size = x.shape[0], *weight.shape
     if out is None:
         out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+        add = False
     _check(x, weight, out)
     if rows == 0 or features == 0:
         return out
@@ -77,6 +81,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | N
         FEATURES=block_features,
         BLOCK=32 * num_warps * vector,
         VECTOR=vector,
+        ADD=add,
         num_warps=num_warps,
         **launch_options(),
     )
@@ -123,6 +128,7 @@ def _few_rows_kernel(
     FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    ADD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -138,8 +144,12 @@ def _few_rows_kernel(
         gdc_wait()
 
     sums: tl.tuple = ()
-    for _ in tl.static_range(ROWS):
+    added: tl.tuple = ()
+    for row in tl.static_range(ROWS):
         sums += (tl.zeros([FEATURES, BLOCK // VECTOR], dtype=tl.float32),)
+        if ADD:  # asked for before the sums are known, or its latency would follow theirs
+            place, present = out_ptr + row * out_stride + feature, (feature < features) & (row < rows)
+            added += (tl.load(place, mask=present, other=0.0).to(tl.float32),)
     for start in tl.static_range(0, SIZE, BLOCK):
         wide = weights[start // BLOCK].to(tl.float32)
         updated: tl.tuple = ()
@@ -151,8 +161,11 @@ def _few_rows_kernel(
         sums = updated
 
     for row in tl.static_range(ROWS):
-        result = tl.sum(sums[row], axis=1).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * out_stride + feature, result, mask=(feature < features) & (row < rows))
+        result = tl.sum(sums[row], axis=1)
+        place, present = out_ptr + row * out_stride + feature, (feature < features) & (row < rows)
+        if ADD:
+            result += added[row]
+        tl.store(place, result.to(out_ptr.dtype.element_ty), mask=present)
 
 
 @triton.jit

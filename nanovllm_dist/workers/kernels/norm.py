@@ -59,6 +59,20 @@ def add_rms_norm(
 
 
 @triton.jit
+def inverse_rms(row, eps, SIZE: tl.constexpr):
+    """One over the root mean square of a row's SIZE elements, in fp32; padding of `row` is zero."""
+    wide = row.to(tl.float32)
+    return tl.math.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
+
+
+@triton.jit
+def row_scale(row_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """`inverse_rms` of SIZE elements at `row_ptr`, for kernels that norm what was made of a row that was not normed."""
+    column = tl.arange(0, BLOCK)
+    return inverse_rms(tl.load(row_ptr + column, mask=column < SIZE, other=0.0), eps, SIZE)
+
+
+@triton.jit
 def _add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -88,7 +102,6 @@ def _add_rms_norm_kernel(
         total = (total.to(tl.float32) + residual.to(tl.float32)).to(dtype)
         tl.store(place, total, mask=inside)
     wide = total.to(tl.float32)
-    scale = tl.math.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
-    normalised = (wide * scale).to(dtype)
+    normalised = (wide * inverse_rms(wide, eps, SIZE)).to(dtype)
     normed = (normalised.to(tl.float32) * weight.to(tl.float32)).to(dtype)
     tl.store(normed_ptr + row * SIZE + columns, normed, mask=inside)

@@ -110,6 +110,7 @@ class DecodeWorkspace:
             ROWS=_LIST_ROWS,
             CHUNK=_LIST_CHUNK,
             num_warps=_LIST_WARPS,
+            **launch_options(),
         )
 
 
@@ -184,10 +185,21 @@ def _cut(context, present, segment_keys, max_segments):
 
 @triton.jit(do_not_specialize=["num_rows", "capacity", "segment_keys", "max_segments"])
 def _list_segments(
-    context_lens, segments, num_rows, capacity, segment_keys, max_segments, ROWS: tl.constexpr, CHUNK: tl.constexpr
+    context_lens,
+    segments,
+    num_rows,
+    capacity,
+    segment_keys,
+    max_segments,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Program (i, j) lists the i-th segment of every row of the j-th ROWS that has one; the longest row first, its
     segments together."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     segment = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     context = tl.load(context_lens + row, mask=row < num_rows, other=0)

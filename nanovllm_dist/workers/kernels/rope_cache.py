@@ -13,8 +13,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm_dist.workers.kernels.dependent_launch import launch_options
+from nanovllm_dist.workers.kernels.norm import row_scale
 
-HEADS_PER_PROGRAM = 8
+# Up to so many tokens there are several programs for each, to occupy the processors
+_FEW_TOKENS = 256
+_FEW_HEADS, _MANY_HEADS = 8, 32  # of a program
 # Of each half of a head, in a thread: as many as make a wide load of the fp32 tables. With another count, tables and
 # heads are laid out differently over threads, and the tables go through shared memory behind barriers
 ELEMENTS_PER_THREAD = 4
@@ -34,11 +37,16 @@ def norm_rope_store(
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    hidden_eps: float = 0.0,
 ) -> torch.Tensor:
     """Norm and rotate queries and keys, store keys and values -> query [T, num_heads, head_dim], contiguous.
 
     Rounds where `QueryKeyNorm` and `rotate` round: after the division by the root mean square, after the weight, and
-    after the rotation; all else is fp32. Two tokens may name one slot (padding in block 0): either one's key stays.
+    after the rotation; all else is fp32. With `hidden`, qkv is a product with rows that were not normed: it is first
+    divided by their root mean square, then the bias is added, and the sum rounded. Two tokens may name one slot
+    (padding in block 0): either one's key stays.
 
     Args:
         qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], heads of queries, keys, values in that order; rows may be
@@ -55,6 +63,9 @@ def norm_rope_store(
         keys: [num_blocks, block_size, num_kv_heads, head_dim] in qkv's dtype; any strides, the last 1.
         values: the same.
         out: where the query goes, [T, num_heads, head_dim] contiguous; new if None.
+        bias: [columns of qkv] in qkv's dtype, contiguous; taken with `hidden` alone.
+        hidden: [T, any size] in qkv's dtype; rows may be apart by any stride. None: qkv is taken as it is.
+        hidden_eps: what is added to a row's mean square.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other, or memory is not laid out as said above.
@@ -63,9 +74,12 @@ def norm_rope_store(
     if out is None:
         out = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     _check(qkv, cos_table, sin_table, qk_weight, num_heads, num_kv_heads, head_dim, keys, values, out)
+    _check_hidden(qkv, bias, hidden)
     if tokens == 0:
         return out
-    grid = (tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))
+    all_heads, width = num_heads + 2 * num_kv_heads, 1 if hidden is None else hidden.shape[1]
+    heads = min(_FEW_HEADS if tokens <= _FEW_TOKENS else _MANY_HEADS, triton.next_power_of_2(all_heads))
+    grid = (tokens, triton.cdiv(all_heads, heads))
     padded_half = triton.next_power_of_2(head_dim // 2)
     _norm_rope_store_kernel[grid](
         qkv,
@@ -77,17 +91,23 @@ def norm_rope_store(
         keys,
         values,
         out,
+        bias,
+        hidden,
         qkv.stride(0),
         *keys.stride()[:3],
         *values.stride()[:3],
+        0 if hidden is None else hidden.stride(0),
         eps,
+        hidden_eps,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,
         PADDED_HALF=padded_half,
         BLOCK_SIZE=keys.shape[1],
-        HEADS=HEADS_PER_PROGRAM,
-        num_warps=max(HEADS_PER_PROGRAM * padded_half // (32 * ELEMENTS_PER_THREAD), 1),
+        WIDTH=width,
+        PADDED_WIDTH=triton.next_power_of_2(width),
+        HEADS=heads,
+        num_warps=min(max(heads * padded_half // (32 * ELEMENTS_PER_THREAD), 1), 16),
         **launch_options(),
     )
     return out
@@ -127,6 +147,18 @@ def _check(
         raise ValueError(f"norm_rope_store in {dtype} cannot take: {'; '.join(problems)}")
 
 
+def _check_hidden(qkv: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor | None) -> None:
+    problems = []
+    if hidden is not None and (len(hidden) != len(qkv) or hidden.stride(1) != 1 or hidden.dtype != qkv.dtype):
+        problems.append(f"hidden {tuple(hidden.shape)} {hidden.dtype}")
+    if bias is not None and (
+        hidden is None or bias.shape != qkv.shape[1:] or bias.dtype != qkv.dtype or not bias.is_contiguous()
+    ):
+        problems.append(f"bias {tuple(bias.shape)} {bias.dtype} with{'out' if hidden is None else ''} hidden")
+    if problems:
+        raise ValueError(f"norm_rope_store of {tuple(qkv.shape)} {qkv.dtype} cannot take: {'; '.join(problems)}")
+
+
 @triton.jit
 def _norm_rope_store_kernel(
     qkv_ptr,
@@ -138,6 +170,8 @@ def _norm_rope_store_kernel(
     keys_ptr,
     values_ptr,
     query_ptr,
+    bias_ptr,
+    hidden_ptr,
     qkv_stride,
     key_block_stride,
     key_slot_stride,
@@ -145,12 +179,16 @@ def _norm_rope_store_kernel(
     value_block_stride,
     value_slot_stride,
     value_head_stride,
+    hidden_stride,
     eps,
+    hidden_eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -171,6 +209,10 @@ def _norm_rope_store_kernel(
     present = is_query | is_key | is_value
     first = tl.load(row_ptr + place, mask=present, other=0.0)
     second = tl.load(row_ptr + place + HALF, mask=present, other=0.0)
+    if hidden_ptr is not None:
+        scale = row_scale(hidden_ptr + token * hidden_stride, hidden_eps, WIDTH, PADDED_WIDTH)
+        first = _scaled(first, scale, bias_ptr, place, present)
+        second = _scaled(second, scale, bias_ptr, place + HALF, present)
 
     slot = tl.load(slots_ptr + token).to(tl.int32)
     block = (slot // BLOCK_SIZE).to(tl.int64)
@@ -196,6 +238,15 @@ def _norm_rope_store_kernel(
     key_place = block * key_block_stride + offset * key_slot_stride + (head - NUM_HEADS) * key_head_stride + column
     tl.store(keys_ptr + key_place, turned_first, mask=is_key)
     tl.store(keys_ptr + key_place + HALF, turned_second, mask=is_key)
+
+
+@triton.jit
+def _scaled(x, scale, bias_ptr, place, mask):
+    """x * scale + bias, rounded once."""
+    wide = x.to(tl.float32) * scale
+    if bias_ptr is not None:
+        wide += tl.load(bias_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    return wide.to(x.dtype)
 
 
 @triton.jit

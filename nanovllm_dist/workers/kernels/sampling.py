@@ -17,10 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 
 # Columns of a chunk: one row of a large vocabulary must make enough programs to fill a device
 CHUNK = 2048
 _STATISTICS_WARPS = 4
+_APPENDED = 32  # rows of a program, which writes their tokens
 _CHOICE_WARPS = 8
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -51,7 +55,14 @@ def shard_statistics(logits: Tensor, inv_temperature: Tensor, out: Tensor, *, vo
         raise ValueError(f"statistics of {rows} x {columns} logits do not fit a tensor of shape {tuple(out.shape)}")
     _check_rows(logits, inv_temperature, vocab_local)
     _shard_statistics[(out.shape[1], rows)](
-        logits, inv_temperature, out, logits.stride(0), vocab_local, CHUNK=CHUNK, num_warps=_STATISTICS_WARPS
+        logits,
+        inv_temperature,
+        out,
+        logits.stride(0),
+        vocab_local,
+        CHUNK=CHUNK,
+        num_warps=_STATISTICS_WARPS,
+        **launch_options(),
     )
     return out
 
@@ -105,8 +116,33 @@ def choose(
         CHUNK=CHUNK,
         BLOCK=triton.next_power_of_2(world_size * chunks),
         num_warps=_CHOICE_WARPS,
+        **launch_options(),
     )
     return out
+
+
+def append_tokens(table: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+    """Write tokens int64 [R] behind int64 [R] places of a flat table of int32 or int64 -> tokens.
+
+    Which of two tokens for one place stays is not said. Places are not checked. Raises ValueError if a shape, stride
+    or dtype does not fit.
+    """
+    rows = len(tokens)
+    integers = tokens.dtype == places.dtype == torch.int64 and table.dtype in (torch.int32, torch.int64)
+    if (
+        places.shape != (rows,)
+        or table.ndim != 1
+        or not integers
+        or not (places.is_contiguous() and tokens.is_contiguous())
+    ):
+        raise ValueError(
+            f"{rows} tokens of {tokens.dtype}, places {tuple(places.shape)} of {places.dtype} and a table of "
+            f"{tuple(table.shape)} {table.dtype}"
+        )
+    if rows:
+        grid = (triton.cdiv(rows, _APPENDED),)
+        _append_tokens[grid](table, places, tokens, rows, BLOCK=_APPENDED, num_warps=1, **launch_options())
+    return tokens
 
 
 def _check_rows(logits: Tensor, inv_temperature: Tensor, vocab_local: int) -> None:
@@ -140,7 +176,11 @@ def _shard_statistics(
     logits_stride: tl.tensor,
     vocab_local: tl.tensor,
     CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     chunk, row = tl.program_id(0), tl.program_id(1)
     values = _chunk_logits(logits + row.to(tl.int64) * logits_stride, chunk, vocab_local, CHUNK)
     peak = tl.max(values)
@@ -184,7 +224,11 @@ def _choose(
     vocab_local: tl.tensor,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     inv = tl.load(inv_temperature + row)
     uniform = tl.load(uniforms + row)
@@ -212,3 +256,21 @@ def _choose(
     greedy = tl.min(tl.where(values == peak, tl.arange(0, CHUNK), CHUNK - 1))
     column = tl.where(is_greedy, greedy, drawn)
     tl.store(out + row, tl.where(is_owner, vocab_start + chunk * CHUNK + column, 0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _append_tokens(
+    table: tl.tensor,
+    places: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places + row, mask=row < rows, other=0)
+    token = tl.load(tokens + row, mask=row < rows, other=0)
+    tl.store(table + place + 1, token.to(table.dtype.element_ty), mask=row < rows)

@@ -43,8 +43,8 @@ class DeviceSampler(Protocol):
         ...
 
     def append(self, table: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Write tokens int64 [N] to int64 [N] places of the flat token table, in a way that a graph of the device can
-        hold; returns the tokens. Places that are there twice get one of their tokens."""
+        """Write tokens int64 [N] behind int64 [N] places of the flat token table, in a way that a graph of the device
+        can hold; returns the tokens. Places that are there twice get one of their tokens."""
         ...
 
 
@@ -130,8 +130,11 @@ class Platform(ABC):
         """A sampler of plain draws that every rank runs, or None: then rank 0 samples with torch."""
         return None
 
-    def fuse_layers(self, model: DecoderLM, comm: Communicator, dtype: torch.dtype) -> FusedLayers | None:
-        """What runs some steps of a loaded and finalized model in one operation, or None."""
+    def fuse_layers(
+        self, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
+    ) -> FusedLayers | None:
+        """What runs some steps of a loaded and finalized model, which has `kernels`, instead of its layers, or None.
+        May change the model's weights."""
         return None
 
     def compile_kernels(

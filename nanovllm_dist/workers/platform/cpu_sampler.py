@@ -54,7 +54,7 @@ class CpuSampler:
 
     def append(self, table: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See DeviceSampler."""
-        table.index_copy_(0, places, tokens.to(table.dtype))
+        table.index_copy_(0, places + 1, tokens.to(table.dtype))
         return tokens
 
 

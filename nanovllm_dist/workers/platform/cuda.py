@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from nanovllm_dist.models.config import ModelConfig
-    from nanovllm_dist.models.layers.decoder import DecoderLM
+    from nanovllm_dist.models.layers.decoder import DecoderLM, FusedLayers
     from nanovllm_dist.models.layers.embedding import LMHead
     from nanovllm_dist.models.layers.kernels import LayerKernels
     from nanovllm_dist.models.parallel import Communicator
@@ -131,6 +131,16 @@ class CudaPlatform(Platform):
 
         return TritonLayers(config, model, comm, dtype)
 
+    def fuse_layers(
+        self, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
+    ) -> FusedLayers | None:
+        """Layers without kernels for norms, where that computes the same."""
+        from nanovllm_dist.workers.platform.cuda_decoder import DeferredNorms, can_defer_norms
+        from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
+
+        assert isinstance(kernels, TritonLayers)
+        return DeferredNorms(model, kernels) if can_defer_norms(model, comm.world_size) else None
+
     def transfers(self, config: EngineConfig) -> Transfers:
         """Through pinned memory."""
         import torch
@@ -154,10 +164,12 @@ class CudaPlatform(Platform):
         sampler: DeviceSampler | None,
     ) -> Callable[[], None]:
         """Triton's, in threads."""
+        from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
         from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
         from nanovllm_dist.workers.platform.cuda_warm_up import compile_in_threads
 
         assert isinstance(sampler, ShardedSampler)
+        assert isinstance(kernels, TritonLayers)
         return compile_in_threads(config, model_config, model, kernels, sampler)
 
     def recorder(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.models.config import ModelConfig
@@ -16,17 +15,16 @@ from nanovllm_dist.models.layers.rotary import RotaryEmbedding
 from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import split_heads
 from nanovllm_dist.workers.kernels.activation import silu_mul
-from nanovllm_dist.workers.kernels.few_rows_linear import few_rows_linear, max_rows
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
 from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS, DecodeWorkspace, config_for, decode_attention
 from nanovllm_dist.workers.kernels.paged_prefill import prefill_attention
 from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
-
-# cuBLAS reads a weight of so many rows, an output vocabulary's, at 93% of the bandwidth
-_LARGE = 2**16
+from nanovllm_dist.workers.platform.cuda_linear import CudaLinear
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
+    """What a step's layers share."""
+
     workspace: DecodeWorkspace
     positions: torch.Tensor
     cos_table: torch.Tensor
@@ -57,12 +55,12 @@ class TritonLayers:
         sizes = {min(size, config.max_num_seqs) for size in (*ROW_LIMITS, config.max_num_seqs)}
         self._workspaces = {size: workspace(size) for size in sorted(sizes)}
 
-    def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> _Plan:
+    def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> Plan:
         """The work list of the decode rows."""
         workspace = next(space for size, space in self._workspaces.items() if batch.num_decodes <= size)
         if batch.num_decodes:
             workspace.prepare(batch.context_lens[: batch.num_decodes])
-        return _Plan(workspace, positions, rotary.cos_table, rotary.sin_table)
+        return Plan(workspace, positions, rotary.cos_table, rotary.sin_table)
 
     def attend(
         self,
@@ -72,9 +70,41 @@ class TritonLayers:
         qk_norm: QueryKeyNorm | None,
         layer: int,
         batch: AttentionBatch,
-        plan: _Plan,
+        plan: Plan,
     ) -> torch.Tensor:
         """See LayerKernels."""
+        return self._attend(qkv, num_heads, num_kv_heads, qk_norm, layer, batch, plan, None, None, 0.0)
+
+    def attend_unnormed(
+        self,
+        qkv: torch.Tensor,
+        bias: torch.Tensor | None,
+        hidden: torch.Tensor,
+        eps: float,
+        num_heads: int,
+        num_kv_heads: int,
+        qk_norm: QueryKeyNorm | None,
+        layer: int,
+        batch: AttentionBatch,
+        plan: Plan,
+    ) -> torch.Tensor:
+        """`attend` with a product, still without its bias, of rows `hidden` that were to be normed first, but for the
+        norm's weight."""
+        return self._attend(qkv, num_heads, num_kv_heads, qk_norm, layer, batch, plan, bias, hidden, eps)
+
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        qk_norm: QueryKeyNorm | None,
+        layer: int,
+        batch: AttentionBatch,
+        plan: Plan,
+        bias: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+        hidden_eps: float,
+    ) -> torch.Tensor:
         keys, values = batch.kv_caches[layer]
         query = norm_rope_store(
             qkv,
@@ -89,6 +119,10 @@ class TritonLayers:
             batch.slot_mapping,
             keys,
             values,
+            None,
+            bias,
+            hidden,
+            hidden_eps,
         )
         output = torch.empty_like(query)
         decodes, rows = batch.num_decodes, len(batch.context_lens)
@@ -126,15 +160,10 @@ class TritonLayers:
         """See LayerKernels."""
         return silu_mul(gate_up)
 
+    def silu_mul_unnormed(self, gate_up: torch.Tensor, hidden: torch.Tensor, eps: float) -> torch.Tensor:
+        """`silu_mul` of a product with rows `hidden` that were to be normed first, but for the norm's weight."""
+        return silu_mul(gate_up, hidden, eps)
+
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
         """The plain weight, with a kernel of its own for few rows."""
-        rows = max_rows(weight) if bias is None and len(weight) < _LARGE else 0
-        if not rows:
-            return None
-
-        def kernel(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            if len(x) <= rows:
-                return few_rows_linear(x, weight, out)
-            return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
-
-        return kernel
+        return CudaLinear(weight, bias)

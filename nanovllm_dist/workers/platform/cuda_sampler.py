@@ -7,7 +7,7 @@ import torch
 
 from nanovllm_dist.models.layers.embedding import LMHead
 from nanovllm_dist.models.parallel import Communicator
-from nanovllm_dist.workers.kernels.sampling import choose, num_chunks, shard_statistics
+from nanovllm_dist.workers.kernels.sampling import append_tokens, choose, num_chunks, shard_statistics
 
 
 class ShardedSampler:
@@ -27,8 +27,7 @@ class ShardedSampler:
 
     def append(self, table: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See DeviceSampler."""
-        table[places] = tokens.to(table.dtype)
-        return tokens
+        return append_tokens(table, places, tokens)
 
     def rehearse(self, logits: torch.Tensor) -> None:
         """Launch what `sample` launches, without talking to other ranks."""

@@ -19,21 +19,24 @@ from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
-from nanovllm_dist.models.layers.kernels import LayerKernels
 from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS
+from nanovllm_dist.workers.platform.cuda_decoder import can_defer_norms
+from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
+from nanovllm_dist.workers.platform.cuda_linear import CudaLinear
 from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
 
-_ROWS = 16
+# Kernels are cut in one way up to some rows and in another from there on
+_ROWS, _MANY_ROWS = 16, 512
 # Sizes of decode graphs that may have linear kernels of their own
 _FEW_ROWS = (1, 2, 4)
 
 
 def compile_in_threads(
-    config: EngineConfig, model_config: ModelConfig, model: DecoderLM, kernels: LayerKernels, sampler: ShardedSampler
+    config: EngineConfig, model_config: ModelConfig, model: DecoderLM, kernels: TritonLayers, sampler: ShardedSampler
 ) -> Callable[[], None]:
     """Start compiling what steps of this model need; returns what waits for the end of it, and raises what failed."""
     device = torch.device("cuda", torch.cuda.current_device())
-    calls = _calls(config, model_config, model, kernels, sampler, device)
+    calls = _Rehearsal(config, model_config, model, kernels, sampler, device).calls()
     pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), thread_name_prefix="compile")
 
     def run(call: Callable[[], object]) -> None:
@@ -58,46 +61,86 @@ def compile_in_threads(
     return wait
 
 
-def _calls(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    model: DecoderLM,
-    kernels: LayerKernels,
-    sampler: ShardedSampler,
-    device: torch.device,
-) -> list[Callable[[], object]]:
-    dtype = model.norm.weight.dtype
-    layer = model.layers[0]
-    hidden = torch.zeros(_ROWS, model_config.hidden_size, dtype=dtype, device=device)
+class _Rehearsal:
+    """The launches of a model's steps, one each, on nothing. Made before weights are loaded: later, the layers have
+    handed theirs over to kernels."""
 
-    def attend(decodes: int, prefills: int) -> None:
-        tokens = decodes + 2 * prefills
-        qkv = torch.zeros(tokens, layer.attention.qkv_proj.out_features, dtype=dtype, device=device)
-        batch = _batch(config, model, decodes, prefills, dtype, device)
-        plan = kernels.prepare(batch, torch.zeros(tokens, dtype=torch.int64, device=device), model.rotary)
-        attention = layer.attention
-        kernels.attend(qkv, attention.num_heads, attention.num_kv_heads, attention.qk_norm, 0, batch, plan)
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: DecoderLM,
+        kernels: TritonLayers,
+        sampler: ShardedSampler,
+        device: torch.device,
+    ) -> None:
+        layer = model.layers[0]
+        self._config, self._model, self._kernels, self._sampler, self._device = config, model, kernels, sampler, device
+        self._hidden_size, self._eps = model_config.hidden_size, model_config.rms_norm_eps
+        self._dtype = model.norm.weight.dtype
+        self._attention, self._mlp = layer.attention, layer.mlp
+        self._deferred = can_defer_norms(model, config.tensor_parallel_size)
+        column = (layer.attention.qkv_proj, layer.mlp.gate_up_proj)
+        row = (layer.attention.o_proj, layer.mlp.down_proj)
+        self._column = [CudaLinear(one.weight, one.bias) for one in column if one.weight is not None]
+        self._row = [CudaLinear(one.weight, None) for one in row if one.weight is not None]
+        self._vocab = CudaLinear(model.output_vocab.weight, None)
 
-    decodes = (1, *(limit + 1 for limit in ROW_LIMITS))
-    # kept here: when they are loaded, the layers hand their weights over to kernels
-    linears = (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
-    weights = [(linear.weight, linear.bias) for linear in linears if linear.weight is not None]
-    weights.append((model.output_vocab.weight, None))
+    def calls(self) -> list[Callable[[], object]]:
+        """What to call, each of them once and in any thread."""
+        rows = [1, *(limit + 1 for limit in ROW_LIMITS if limit < self._config.max_num_seqs)]
+        return [
+            partial(self._norm, added=False),
+            *([] if self._deferred else [partial(self._norm, added=True)]),
+            *(partial(self._activate, count) for count in (_ROWS, _MANY_ROWS)),
+            *(partial(self._attend, count, 0) for count in rows),
+            *(partial(self._attend, 0, count) for count in (1, _MANY_ROWS)),
+            *(partial(self._project, one, count) for one in self._column for count in _FEW_ROWS),
+            *(partial(self._add, one, count) for one in self._row for count in _FEW_ROWS),
+            *(partial(self._vocab, self._zeros(count, self._hidden_size)) for count in _FEW_ROWS),
+            lambda: self._sampler.rehearse(self._zeros(_ROWS, self._model.lm_head.columns)),
+        ]
 
-    def project(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
-        kernel = kernels.pack_linear(weight, bias)
-        if kernel is not None:
-            kernel(torch.zeros(rows, weight.shape[1], dtype=dtype, device=device))
+    def _zeros(self, rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns, dtype=self._dtype, device=self._device)
 
-    return [
-        lambda: kernels.add_rms_norm(hidden.clone(), None, model.norm.weight, model_config.rms_norm_eps),
-        lambda: kernels.add_rms_norm(hidden.clone(), hidden.clone(), model.norm.weight, model_config.rms_norm_eps),
-        lambda: kernels.silu_mul(hidden.new_zeros(_ROWS, layer.mlp.gate_up_proj.out_features)),
-        *(partial(attend, rows, 0) for rows in decodes if rows <= config.max_num_seqs),
-        *(partial(project, *weight, rows) for weight in weights for rows in _FEW_ROWS),
-        lambda: attend(0, 1),
-        lambda: sampler.rehearse(torch.zeros(_ROWS, model.lm_head.columns, dtype=dtype, device=device)),
-    ]
+    def _norm(self, added: bool) -> None:
+        x = self._zeros(1, self._hidden_size)
+        self._kernels.add_rms_norm(x, x.clone() if added else None, self._model.norm.weight, self._eps)
+
+    def _activate(self, rows: int) -> None:
+        gate_up = self._zeros(rows, self._mlp.gate_up_proj.out_features)
+        if self._deferred:
+            self._kernels.silu_mul_unnormed(gate_up, self._zeros(rows, self._hidden_size), self._eps)
+        else:
+            self._kernels.silu_mul(gate_up)
+
+    def _attend(self, decodes: int, prefills: int) -> None:
+        tokens, attention = decodes + 2 * prefills, self._attention
+        qkv = self._zeros(tokens, attention.qkv_proj.out_features)
+        batch = _batch(self._config, self._model, decodes, prefills, self._dtype, self._device)
+        positions = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+        plan = self._kernels.prepare(batch, positions, self._model.rotary)
+        heads = attention.num_heads, attention.num_kv_heads, attention.qk_norm
+        if self._deferred:
+            hidden = self._zeros(tokens, self._hidden_size)
+            self._kernels.attend_unnormed(qkv, attention.qkv_proj.bias, hidden, self._eps, *heads, 0, batch, plan)
+        else:
+            self._kernels.attend(qkv, *heads, 0, batch, plan)
+
+    def _project(self, linear: CudaLinear, rows: int) -> None:
+        x = self._zeros(rows, linear.weight.shape[1])
+        if self._deferred:
+            linear.product(x)
+        else:
+            linear(x)
+
+    def _add(self, linear: CudaLinear, rows: int) -> None:
+        outputs, inputs = linear.weight.shape
+        if self._deferred:
+            linear.add_to(self._zeros(rows, outputs), self._zeros(rows, inputs))
+        else:
+            linear(self._zeros(rows, inputs))
 
 
 def _batch(

@@ -49,8 +49,9 @@ class NpuSampler:
 
     def append(self, table: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See DeviceSampler. Read back, or a graph would return the table instead of writing to it and no more."""
-        torch.ops.npu.npu_scatter_nd_update_(table, places.unsqueeze(1), tokens)
-        return table.index_select(0, places)
+        behind = places + 1
+        torch.ops.npu.npu_scatter_nd_update_(table, behind.unsqueeze(1), tokens)
+        return table.index_select(0, behind)
 
     def _masses(self, scaled: torch.Tensor) -> torch.Tensor:
         """exp of [rows, vocab of this rank], as [rows, chunks, _CHUNK] with zeros behind the last."""
