@@ -17,8 +17,9 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 from typing_extensions import Self
 
 from nanovllm_dist.batch_run import BatchRun, OnOutput, at_prompt
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+_TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
 class DistLLM:
@@ -218,14 +220,15 @@ class DistLLM:
                 raise InvalidRequestError("the prompt is empty: it needs at least one token")
             return prompt, self.tokenizer.encode(prompt)
         ids: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-        for token in ids:
-            if type(token) is not int:
-                raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {token!r}")
-            if not 0 <= token < 2**31:
-                raise InvalidRequestError(f"token id {token} is outside the vocabulary")
         if not ids:
             raise InvalidRequestError("the prompt is empty: it needs at least one token")
-        return None, ids
+        try:
+            return None, msgspec.convert(ids, _TokenIds)
+        except msgspec.ValidationError:
+            wrong = next((token for token in ids if type(token) is not int or not 0 <= token < 2**31), ids)
+        if type(wrong) is int:
+            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary")
+        raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {wrong!r}")
 
     # --- the rest ------------------------------------------------------------------------------------------
 

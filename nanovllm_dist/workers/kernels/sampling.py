@@ -54,7 +54,7 @@ def shard_statistics(logits: Tensor, inv_temperature: Tensor, out: Tensor, *, vo
     if out.shape != (rows, num_chunks(columns), 2) or not out.is_contiguous():
         raise ValueError(f"statistics of {rows} x {columns} logits do not fit a tensor of shape {tuple(out.shape)}")
     _check_rows(logits, inv_temperature, vocab_local)
-    _shard_statistics[(out.shape[1], rows)](
+    _shard_statistics[(rows, out.shape[1])](
         logits,
         inv_temperature,
         out,
@@ -181,11 +181,12 @@ def _shard_statistics(
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    # The last columns first: those are what the second-level cache still has of a product that has just been written
+    row, chunk = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     values = _chunk_logits(logits + row.to(tl.int64) * logits_stride, chunk, vocab_local, CHUNK)
     peak = tl.max(values)
     mass = tl.sum(_weights(values, peak, tl.load(inv_temperature + row)))
-    place = out + (row * tl.num_programs(0) + chunk) * 2
+    place = out + (row * tl.num_programs(1) + chunk) * 2
     tl.store(place, peak)
     tl.store(place + 1, mass)
 
