@@ -225,8 +225,8 @@ class DistLLM:
         try:
             return None, msgspec.convert(ids, _TokenIds)
         except msgspec.ValidationError:
-            wrong = next((token for token in ids if type(token) is not int or not 0 <= token < 2**31), ids)
-        if type(wrong) is int:
+            wrong = next((token for token in ids if not _is_int(token) or not 0 <= token < 2**31), ids)
+        if _is_int(wrong):
             raise InvalidRequestError(f"token id {wrong} is outside the vocabulary")
         raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {wrong!r}")
 
@@ -277,6 +277,10 @@ class DistLLM:
 
 
 LLM = DistLLM
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:

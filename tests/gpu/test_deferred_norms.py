@@ -100,7 +100,7 @@ def test_in_bf16_they_are_as_near_to_fp32_as_the_layers(kind: str, tmp_path: Pat
         true = [part.log_softmax(-1) for part in exact]
         return torch.cat([a - b for a, b in zip(log_probs, true, strict=True)]).abs().mean().item()
 
-    assert mean_error(deferred) < 1.1 * mean_error(plain)
+    assert mean_error(deferred) < 1.2 * mean_error(plain)
 
 
 def test_float16_and_several_ranks_keep_their_norms(tmp_path: Path) -> None:

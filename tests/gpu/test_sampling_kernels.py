@@ -303,3 +303,5 @@ def test_tokens_that_do_not_fit_their_places_are_refused() -> None:
         kernels.append_tokens(table, places, places[:2])
     with pytest.raises(ValueError, match="int32"):
         kernels.append_tokens(table, places, places.int())
+    with pytest.raises(ValueError, match="strides"):
+        kernels.append_tokens(table[::2], places, places)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from triton.testing import do_bench_cudagraph
@@ -33,7 +34,7 @@ Case = tuple[int, Callable[[], object], Callable[[], object]]  # bytes moved, th
 
 
 @contextmanager
-def setting(module: ModuleType, **constants: int) -> Iterator[str]:
+def setting(module: ModuleType, **constants: Any) -> Iterator[str]:
     """The module's constants changed for a while; gives a name for the table."""
     before = {name: getattr(module, name) for name in constants}
     for name, value in constants.items():
@@ -96,15 +97,15 @@ KERNELS = {
         activation,
         activation_case,
         [
-            {"BLOCK": block, "NUM_WARPS": warps}
-            for block, warps in ((1024, 4), (512, 2), (512, 4), (2048, 8), (2048, 4))
+            {"_FEW_CUT": cut, "_MANY_CUT": cut}
+            for cut in ((1024, 8), (1024, 4), (512, 2), (512, 4), (2048, 8), (2048, 4), (4096, 8), (4096, 16))
         ],
     ),
     "norm_rope_store": (
         rope_cache,
         rope_case,
         [
-            {"HEADS_PER_PROGRAM": heads, "ELEMENTS_PER_THREAD": count}
+            {"_FEW_HEADS": heads, "_MANY_HEADS": heads, "ELEMENTS_PER_THREAD": count}
             for heads, count in ((8, 4), (4, 4), (2, 4), (16, 4), (32, 4), (8, 8), (16, 8))
         ],
     ),

@@ -14,8 +14,8 @@ from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 from nanovllm_dist.workers.kernels.norm import row_scale
 
 # Up to so many rows there are several programs for each, to occupy the processors
-_FEW_ROWS = 256
-# Features of a program, and its warps: 4 or 8 features of two bytes in a thread are one wide load each of gate and rest
+FEW_ROWS = 256
+# Features of a program, and its warps
 _FEW_CUT, _MANY_CUT = (1024, 8), (4096, 8)
 
 
@@ -41,7 +41,7 @@ def silu_mul(gate_up: torch.Tensor, hidden: torch.Tensor | None = None, eps: flo
     size = columns // 2
     output = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if output.numel():
-        block, num_warps = _FEW_CUT if rows <= _FEW_ROWS else _MANY_CUT
+        block, num_warps = _FEW_CUT if rows <= FEW_ROWS else _MANY_CUT
         width = 1 if hidden is None else hidden.shape[1]
         _silu_mul_kernel[(rows, triton.cdiv(size, block))](
             gate_up,

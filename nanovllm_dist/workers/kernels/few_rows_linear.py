@@ -61,8 +61,9 @@ def few_rows_linear(
     """
     rows, features, size = x.shape[0], *weight.shape
     if out is None:
+        if add:
+            raise ValueError("a product to add to nothing: out is None")
         out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
-        add = False
     _check(x, weight, out)
     if rows == 0 or features == 0:
         return out

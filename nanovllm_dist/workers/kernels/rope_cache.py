@@ -2,7 +2,8 @@
 
 A program takes a few neighbouring heads of one token, whichever of query, key and value they are, and masks decide
 where each head goes: no branch, no limit on head counts, and few programs for a decode row. A head's result depends
-on that head alone. Where slots come from, and who reads the cache, is not known here.
+on that head alone, and on its token's hidden row where that is given; above 256 tokens the squares of such a row are
+summed in another order. Where slots come from, and who reads the cache, is not known here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 from nanovllm_dist.workers.kernels.norm import row_scale
 
 # Up to so many tokens there are several programs for each, to occupy the processors
-_FEW_TOKENS = 256
+FEW_TOKENS = 256
 _FEW_HEADS, _MANY_HEADS = 8, 32  # of a program
 # Of each half of a head, in a thread: as many as make a wide load of the fp32 tables. With another count, tables and
 # heads are laid out differently over threads, and the tables go through shared memory behind barriers
@@ -78,7 +79,7 @@ def norm_rope_store(
     if tokens == 0:
         return out
     all_heads, width = num_heads + 2 * num_kv_heads, 1 if hidden is None else hidden.shape[1]
-    heads = min(_FEW_HEADS if tokens <= _FEW_TOKENS else _MANY_HEADS, triton.next_power_of_2(all_heads))
+    heads = min(_FEW_HEADS if tokens <= FEW_TOKENS else _MANY_HEADS, triton.next_power_of_2(all_heads))
     grid = (tokens, triton.cdiv(all_heads, heads))
     padded_half = triton.next_power_of_2(head_dim // 2)
     _norm_rope_store_kernel[grid](

@@ -128,16 +128,12 @@ def append_tokens(table: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     or dtype does not fit.
     """
     rows = len(tokens)
+    contiguous = table.is_contiguous() and places.is_contiguous() and tokens.is_contiguous()
     integers = tokens.dtype == places.dtype == torch.int64 and table.dtype in (torch.int32, torch.int64)
-    if (
-        places.shape != (rows,)
-        or table.ndim != 1
-        or not integers
-        or not (places.is_contiguous() and tokens.is_contiguous())
-    ):
+    if places.shape != (rows,) or table.ndim != 1 or not contiguous or not integers:
         raise ValueError(
             f"{rows} tokens of {tokens.dtype}, places {tuple(places.shape)} of {places.dtype} and a table of "
-            f"{tuple(table.shape)} {table.dtype}"
+            f"{tuple(table.shape)} {table.dtype}, strides {table.stride()}"
         )
     if rows:
         grid = (triton.cdiv(rows, _APPENDED),)

@@ -1,4 +1,4 @@
-"""The layers of one rank with four launches less: norms without kernels of their own.
+"""The layers of one rank with two launches less in each: norms without kernels of their own.
 
 RMSNorm divides a row by its root mean square and multiplies each feature by a weight. The weight goes into the matrix
 that follows, once, after loading. The division commutes with the product, so the kernel after the product makes up for

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer as Triton kernels: four launches between the matrix products of a decode."""
+"""The operations of a decoder layer as Triton kernels, a launch each."""
 
 from __future__ import annotations
 

@@ -16,12 +16,13 @@ class CudaLinear:
 
     Attributes:
         weight, bias: as they were given; the bias may be None.
+        few_rows: up to so many rows the own kernel makes the product.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
-        self._few = max_rows(weight) if len(weight) < _LARGE else 0
+        self.few_rows = max_rows(weight) if len(weight) < _LARGE else 0
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See LinearKernel."""
@@ -32,13 +33,14 @@ class CudaLinear:
 
     def product(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, in] -> x @ weight.T [T, out], without the bias; written to `out` if that is given."""
-        if len(x) <= self._few:
+        if len(x) <= self.few_rows:
             return few_rows_linear(x, self.weight, out)
         return F.linear(x, self.weight) if out is None else torch.mm(x, self.weight.t(), out=out)
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> None:
-        """Add x @ weight.T, without the bias, to `total` [T, out], rounding the sum once."""
-        if len(x) <= self._few:
+        """Add x @ weight.T, without the bias, to `total` [T, out]. The sum is rounded once, unless cuBLAS cuts the
+        inputs."""
+        if len(x) <= self.few_rows:
             few_rows_linear(x, self.weight, total, add=True)
         else:
             total.addmm_(x, self.weight.t())

@@ -30,11 +30,13 @@ class ShardedSampler:
         return append_tokens(table, places, tokens)
 
     def rehearse(self, logits: torch.Tensor) -> None:
-        """Launch what `sample` launches, without talking to other ranks."""
+        """Launch what `sample` and `append` launch, without talking to other ranks."""
         inv_temperature = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
         own = self._statistics(logits, inv_temperature)
         statistics = own.unsqueeze(0).repeat(self._comm.world_size, 1, 1, 1)
-        self._choose(statistics, logits, inv_temperature, inv_temperature.double())
+        tokens = self._choose(statistics, logits, inv_temperature, inv_temperature.double())
+        table = torch.zeros(len(logits) + 1, dtype=torch.int32, device=logits.device)
+        self.append(table, torch.arange(len(logits), device=logits.device), tokens)
 
     def _statistics(self, logits: torch.Tensor, inv_temperature: torch.Tensor) -> torch.Tensor:
         rows, columns = logits.shape

@@ -1,7 +1,7 @@
 """Compiles the kernels of a model side by side, in threads, while its weights are being loaded.
 
-One after the other, as the first steps meet them, eleven kernels take nine seconds on an empty cache. Each is called
-once on a few rows of nothing, with the types and sizes that real steps have. What they compute is not looked at.
+One after the other, as the first steps meet them, they would take many seconds on an empty cache. Each is called once
+on rows of nothing, with the types and sizes that real steps have. What they compute is not looked at.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
+from nanovllm_dist.workers.kernels.activation import FEW_ROWS
 from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS
+from nanovllm_dist.workers.kernels.rope_cache import FEW_TOKENS
 from nanovllm_dist.workers.platform.cuda_decoder import can_defer_norms
 from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
 from nanovllm_dist.workers.platform.cuda_linear import CudaLinear
 from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
 
 # Kernels are cut in one way up to some rows and in another from there on
-_ROWS, _MANY_ROWS = 16, 512
+_ROWS, _MANY_ROWS = 16, max(FEW_ROWS, FEW_TOKENS) + 1
 # Sizes of decode graphs that may have linear kernels of their own
 _FEW_ROWS = (1, 2, 4)
 
@@ -95,9 +97,9 @@ class _Rehearsal:
             *(partial(self._activate, count) for count in (_ROWS, _MANY_ROWS)),
             *(partial(self._attend, count, 0) for count in rows),
             *(partial(self._attend, 0, count) for count in (1, _MANY_ROWS)),
-            *(partial(self._project, one, count) for one in self._column for count in _FEW_ROWS),
-            *(partial(self._add, one, count) for one in self._row for count in _FEW_ROWS),
-            *(partial(self._vocab, self._zeros(count, self._hidden_size)) for count in _FEW_ROWS),
+            *(partial(self._project, one, count) for one in self._column for count in self._few_rows(one)),
+            *(partial(self._add, one, count) for one in self._row for count in self._few_rows(one)),
+            *(partial(self._project, self._vocab, count) for count in self._few_rows(self._vocab)),
             lambda: self._sampler.rehearse(self._zeros(_ROWS, self._model.lm_head.columns)),
         ]
 
@@ -127,6 +129,11 @@ class _Rehearsal:
             self._kernels.attend_unnormed(qkv, attention.qkv_proj.bias, hidden, self._eps, *heads, 0, batch, plan)
         else:
             self._kernels.attend(qkv, *heads, 0, batch, plan)
+
+    def _few_rows(self, linear: CudaLinear) -> list[int]:
+        """Rows at which its product is a kernel of ours; to load cuBLAS in these threads would keep memory for each."""
+        own = linear.bias is None or self._deferred
+        return [count for count in _FEW_ROWS if own and count <= linear.few_rows]
 
     def _project(self, linear: CudaLinear, rows: int) -> None:
         x = self._zeros(rows, linear.weight.shape[1])
