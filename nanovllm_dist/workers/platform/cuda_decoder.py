@@ -53,9 +53,8 @@ class DeferredNorms:
         for index, (attention, qkv, o, gate_up, down) in enumerate(self._layers):
             heads = attention.num_heads, attention.num_kv_heads, attention.qk_norm
             product = qkv.product(hidden)
-            attended = kernels.attend_unnormed(product, qkv.bias, hidden, eps, *heads, index, batch, plan)
-            o.add_to(hidden, attended)
-            down.add_to(hidden, kernels.silu_mul_unnormed(gate_up.product(hidden), hidden, eps))
+            o.add_to(hidden, kernels.attend(product, *heads, index, batch, plan, qkv.bias, hidden, eps))
+            down.add_to(hidden, kernels.silu_mul(gate_up.product(hidden), hidden, eps))
         normed: torch.Tensor = self._norm(hidden)[0]
         return normed
 

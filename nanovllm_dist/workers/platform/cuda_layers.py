@@ -71,40 +71,12 @@ class TritonLayers:
         layer: int,
         batch: AttentionBatch,
         plan: Plan,
+        bias: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        hidden_eps: float = 0.0,
     ) -> torch.Tensor:
-        """See LayerKernels."""
-        return self._attend(qkv, num_heads, num_kv_heads, qk_norm, layer, batch, plan, None, None, 0.0)
-
-    def attend_unnormed(
-        self,
-        qkv: torch.Tensor,
-        bias: torch.Tensor | None,
-        hidden: torch.Tensor,
-        eps: float,
-        num_heads: int,
-        num_kv_heads: int,
-        qk_norm: QueryKeyNorm | None,
-        layer: int,
-        batch: AttentionBatch,
-        plan: Plan,
-    ) -> torch.Tensor:
-        """`attend` with a product, still without its bias, of rows `hidden` that were to be normed first, but for the
-        norm's weight."""
-        return self._attend(qkv, num_heads, num_kv_heads, qk_norm, layer, batch, plan, bias, hidden, eps)
-
-    def _attend(
-        self,
-        qkv: torch.Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        qk_norm: QueryKeyNorm | None,
-        layer: int,
-        batch: AttentionBatch,
-        plan: Plan,
-        bias: torch.Tensor | None,
-        hidden: torch.Tensor | None,
-        hidden_eps: float,
-    ) -> torch.Tensor:
+        """See LayerKernels. With `hidden`, qkv is a product of rows that were to be normed first, but for the norm's
+        weight, still without its `bias`."""
         keys, values = batch.kv_caches[layer]
         query = norm_rope_store(
             qkv,
@@ -156,13 +128,11 @@ class TritonLayers:
         """See LayerKernels."""
         return add_rms_norm(x, residual, weight, eps)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See LayerKernels."""
-        return silu_mul(gate_up)
-
-    def silu_mul_unnormed(self, gate_up: torch.Tensor, hidden: torch.Tensor, eps: float) -> torch.Tensor:
-        """`silu_mul` of a product with rows `hidden` that were to be normed first, but for the norm's weight."""
-        return silu_mul(gate_up, hidden, eps)
+    def silu_mul(
+        self, gate_up: torch.Tensor, hidden: torch.Tensor | None = None, hidden_eps: float = 0.0
+    ) -> torch.Tensor:
+        """See LayerKernels; `hidden` as in `attend`."""
+        return silu_mul(gate_up, hidden, hidden_eps)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
         """The plain weight, with a kernel of its own for few rows."""

@@ -111,11 +111,8 @@ class _Rehearsal:
         self._kernels.add_rms_norm(x, x.clone() if added else None, self._model.norm.weight, self._eps)
 
     def _activate(self, rows: int) -> None:
-        gate_up = self._zeros(rows, self._mlp.gate_up_proj.out_features)
-        if self._deferred:
-            self._kernels.silu_mul_unnormed(gate_up, self._zeros(rows, self._hidden_size), self._eps)
-        else:
-            self._kernels.silu_mul(gate_up)
+        hidden = self._zeros(rows, self._hidden_size) if self._deferred else None
+        self._kernels.silu_mul(self._zeros(rows, self._mlp.gate_up_proj.out_features), hidden, self._eps)
 
     def _attend(self, decodes: int, prefills: int) -> None:
         tokens, attention = decodes + 2 * prefills, self._attention
@@ -126,7 +123,7 @@ class _Rehearsal:
         heads = attention.num_heads, attention.num_kv_heads, attention.qk_norm
         if self._deferred:
             hidden = self._zeros(tokens, self._hidden_size)
-            self._kernels.attend_unnormed(qkv, attention.qkv_proj.bias, hidden, self._eps, *heads, 0, batch, plan)
+            self._kernels.attend(qkv, *heads, 0, batch, plan, attention.qkv_proj.bias, hidden, self._eps)
         else:
             self._kernels.attend(qkv, *heads, 0, batch, plan)
 
