@@ -93,7 +93,7 @@ class ModelRunner:
         else:
             load_weights(self.model, self.config.model, progress)
         self.model.finalize()
-        self.model.fused = self._platform.fuse_layers(self.model, self._kernels, self._comm, self.dtype)
+        self.model.fused = self._platform.fuse_layers(self.config, self.model, self._kernels, self._comm, self.dtype)
         self._platform.synchronize()  # kernels may read weights ahead of their turn
 
     def measure_blocks(self) -> int:

@@ -1,7 +1,7 @@
-"""Where the time of one rank's steps goes: python tests/gpu/profile_step.py MODEL [--rows 1 256] [--context 1024]
+"""Where the time of a rank's steps goes: python tests/gpu/profile_step.py MODEL [--tp 1] [--rows 1 256] [--context 999]
 
-Runs a worker's model in this process on random weights: decode steps by graph back to back, the same under the profiler
-with time per kernel, and prefill steps. The host's own time to start a step is printed beside.
+Runs the workers' model on random weights, a process a rank: decode steps by graph back to back, the same under the
+profiler with time per kernel, and prefill steps. The host's own time to start a step is printed beside. Rank 0 prints.
 """
 
 # ruff: noqa: T201
@@ -9,16 +9,21 @@ with time per kernel, and prefill steps. The host's own time to start a step is 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
+import sys
+import tempfile
 import time
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.launcher.resolve import resolve_config
-from nanovllm_dist.models.parallel import SingleRank
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire.messages import NewRow, Step, pack_ints
 from nanovllm_dist.workers.model_runner import ModelRunner
@@ -29,28 +34,31 @@ _STEPS = 40
 
 
 class Steps:
-    """Feeds one ModelRunner."""
+    """Feeds the ModelRunner of one rank."""
 
-    def __init__(self, model: str, rows: int, context: int, device: str) -> None:
+    def __init__(self, options: argparse.Namespace, rank: int, store: dist.Store | None) -> None:
+        rows, context = max(options.rows), options.context
         config = EngineConfig(
-            model=model, load_format="dummy", dtype="bfloat16", device=device, max_num_seqs=max(rows, 2),
-            max_model_len=max(4096, context + 512),
+            model=options.model, load_format="dummy", dtype="bfloat16", device=options.device,
+            tensor_parallel_size=options.tp, max_num_seqs=max(rows, 2), max_model_len=max(4096, context + 512),
+            kv_cache_memory=options.kv_cache_memory,
         )  # fmt: skip
         self.config, model_config = resolve_config(config, progress=False)
-        platform = get_platform(self.config.device)
-        target = platform.open_device(0, self.config)
+        self.platform = get_platform(self.config.device)
+        target = self.platform.open_device(rank, self.config)
+        comm = self.platform.connect(rank, self.config, store)
         began = time.perf_counter()
-        self.runner = ModelRunner(self.config, model_config, platform, SingleRank(), target)
+        self.runner = ModelRunner(self.config, model_config, self.platform, comm, target)
         self.runner.load(lambda done, total: None)
         loaded = time.perf_counter()
         blocks = self.runner.measure_blocks()
         print(f"load {loaded - began:.2f} s, profile {time.perf_counter() - loaded:.2f} s, {blocks} blocks")
         self.runner.allocate(blocks)
-        self.rows, self.context, self.number = rows, context, 0
+        self.rows, self.context, self.number, self.row_counts = rows, context, 0, options.rows
 
     def start(self, slots: list[int], counts: list[int], new_rows: list[NewRow]) -> RunningStep:
         """Start one step."""
-        step = Step(0, self.number, pack_ints(slots), pack_ints(counts), b"", b"", new_rows)
+        step = Step(0, self.number, pack_ints(slots), pack_ints(counts), b"", b"", new_rows, traced=True)
         self.number += 1
         running = self.runner.start(step)
         assert running is not None
@@ -63,7 +71,7 @@ class Steps:
         waiting = []
         for slot in range(self.rows):
             length = rng.randint(self.context * 7 // 10, self.context * 13 // 10)
-            count = -(-(length + 4 * _STEPS) // size)
+            count = -(-(length + 2 * _STEPS * len(self.row_counts)) // size)
             tokens = pack_ints([rng.randrange(1000) for _ in range(length)])
             blocks = pack_ints(range(first, first + count))
             params = SamplingParams(temperature=0.6)
@@ -82,11 +90,11 @@ class Steps:
                 done = time.perf_counter()
                 print(f"prefill {total} tokens: {1e3 * (done - began):.2f} ms, host {1e3 * (started - began):.2f} ms")
 
-    def decode(self, count: int) -> tuple[float, float]:
-        """Seconds per step back to back, two in flight, and seconds of the host per start."""
-        slots, ones = list(range(self.rows)), [1] * self.rows
+    def decode(self, count: int, rows: int) -> tuple[float, float]:
+        """Seconds per step of so many rows back to back, two in flight, and seconds of the host per start."""
+        slots, ones = list(range(rows)), [1] * rows
         host, last = [], None
-        torch.cuda.synchronize()
+        self.platform.synchronize()
         began = time.perf_counter()
         for _ in range(count):
             at = time.perf_counter()
@@ -100,31 +108,47 @@ class Steps:
         return (time.perf_counter() - began) / count, statistics.median(host)
 
 
+def run_rank(rank: int, options: argparse.Namespace, directory: str) -> None:
+    """One process of the group."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
+        run(rank, options, directory)
+
+
+def run(rank: int, options: argparse.Namespace, directory: str) -> None:
+    """Its steps."""
+    store = dist.FileStore(str(Path(directory, "store")), options.tp) if options.tp > 1 else None
+    steps = Steps(options, rank, store)
+    steps.fill()
+    for rows in options.rows:
+        began = time.perf_counter()
+        steps.decode(1, rows)
+        print(f"first decode, recorded: {time.perf_counter() - began:.2f} s")
+        steps.decode(4, rows)
+        times = sorted(steps.decode(_STEPS // 4, rows) for _ in range(4))
+        step, host = times[1]
+        print(f"{rows} rows: {1e3 * step:.3f} ms a step, {rows / step:,.0f} tok/s, host {1e6 * host:.0f} us")
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            steps.decode(4, rows)
+        table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60)
+        kept = [" ".join(line.split()) for line in table.splitlines() if "%" in line]
+        print("\n".join(line for line in kept if line), flush=True)
+    if store is not None:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--kv-cache-memory", type=int, default=0, help="bytes; as much as there is")
     options = parser.parse_args()
-    for rows in options.rows:
-        steps = Steps(options.model, rows, options.context, options.device)
-        steps.fill()
-        began = time.perf_counter()
-        steps.decode(1)
-        print(f"first decode, recorded: {time.perf_counter() - began:.2f} s")
-        steps.decode(4)
-        times = sorted(steps.decode(_STEPS // 4) for _ in range(4))
-        step, host = times[1]
-        print(f"{rows} rows: {1e3 * step:.3f} ms a step, {rows / step:,.0f} tok/s, host {1e6 * host:.0f} us")
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            steps.decode(4)
-        table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60)
-        kept = [" ".join(line.split()) for line in table.splitlines() if "%" in line]
-        print("\n".join(line for line in kept if line))
-        del steps
-        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(run_rank, (options, directory), nprocs=options.tp)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All-reduce through symmetric memory, on as many GPUs as there are (2 to 4), in real processes.
+"""Sums through symmetric memory, alone and with norms, on as many GPUs as there are (2 to 4), in real processes.
 
 One group of processes runs all checks, since its start takes most of the time; each test reads what came out of one.
 """
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from nanovllm_dist.models.parallel import GroupCommunicator
+from nanovllm_dist.workers.kernels.norm import add_rms_norm
+from nanovllm_dist.workers.platform.cuda_sum_norm import SumNorm, open_sum_norm
 from nanovllm_dist.workers.platform.symmetric_memory import (
     ReductionLimits,
     SymmetricCommunicator,
@@ -22,10 +24,12 @@ from nanovllm_dist.workers.platform.symmetric_memory import (
 )
 
 LIMITS = ReductionLimits(one_shot=2**18, two_shot=2**23)
-HIDDEN = 5120
+HIDDEN, EPS = 5120, 1e-6
 # Rows by the way they take: one shot, two shots, NCCL
 ROWS = {"one shot": 4, "two shots": 200, "NCCL": 1000}
 BACK_TO_BACK = 1000
+# With norms: one shot, then two
+JOINED_ROWS = [1, 16, 100, 3000]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,8 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
         found["outlives"] = check_result_outlives_the_next_part(comm)
         found["eager"] = {way: check_in_a_row(comm, rows, captured=False) for way, rows in ROWS.items()}
         found["graph"] = {way: check_in_a_row(comm, rows, captured=True) for way, rows in ROWS.items()}
+        sums = open_sum_norm(comm, HIDDEN, torch.bfloat16, max(JOINED_ROWS))
+        found["joined"] = [check_joined(comm, sums, rows) for rows in JOINED_ROWS] if sums is not None else None
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -133,6 +139,35 @@ def check_in_a_row(comm: SymmetricCommunicator, rows: int, captured: bool) -> in
     return int(wrong.item())
 
 
+def check_joined(comm: SymmetricCommunicator, sums: SumNorm, rows: int) -> dict[str, Any]:
+    """Replays of a graph of sums with norms, each on the last one's residual, whose ranks are delayed in turn, against
+    sums and norms apart in fp32: the largest difference, and what all ranks must have the same of."""
+    weight = part_of(9, 1, torch.bfloat16)[0]
+    part, residual = part_of(comm.rank, rows, torch.bfloat16), torch.zeros(rows, HIDDEN, dtype=torch.bfloat16).cuda()
+    exact_residual = torch.zeros(rows, HIDDEN, device="cuda")
+
+    def joined() -> torch.Tensor:
+        for index in range(2 * comm.world_size):
+            if index == comm.rank:
+                torch.cuda._sleep(50_000)
+            place = sums.buffer(rows)
+            mine = part.clone() if place is None else place.copy_(part)
+            normed = sums(mine, residual, weight, EPS)
+        return normed
+
+    joined()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        normed = joined()
+    for _ in range(20):
+        residual.zero_()
+        graph.replay()
+    for _ in range(2 * comm.world_size):
+        exact, exact_residual = add_rms_norm(comm.all_reduce(part.float()), exact_residual, weight.float(), EPS)
+    difference = (normed.float() - exact).abs() / (exact.abs() + 1)
+    return {"worst": difference.max().item(), "digest": normed.view(torch.int16).long().sum().item()}
+
+
 def test_symmetric_memory_is_used(outcomes: list[dict[str, Any]]) -> None:
     assert {outcome["kind"] for outcome in outcomes} == {"SymmetricCommunicator"}
 
@@ -164,3 +199,10 @@ def test_a_result_outlives_the_next_reduction(outcomes: list[dict[str, Any]]) ->
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_a_thousand_reductions_in_a_row_do_not_race(outcomes: list[dict[str, Any]], mode: str) -> None:
     assert [outcome[mode] for outcome in outcomes] == [dict.fromkeys(ROWS, 0)] * len(outcomes)
+
+
+def test_sums_with_norms_are_sums_and_norms(outcomes: list[dict[str, Any]]) -> None:
+    for index in range(len(JOINED_ROWS)):
+        ranks = [outcome["joined"][index] for outcome in outcomes]
+        assert max(rank["worst"] for rank in ranks) < 0.05
+        assert len({rank["digest"] for rank in ranks}) == 1

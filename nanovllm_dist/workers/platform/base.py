@@ -131,7 +131,7 @@ class Platform(ABC):
         return None
 
     def fuse_layers(
-        self, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
+        self, config: EngineConfig, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
     ) -> FusedLayers | None:
         """What runs some steps of a loaded and finalized model, which has `kernels`, instead of its layers, or None.
         May change the model's weights."""

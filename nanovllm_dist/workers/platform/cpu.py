@@ -122,7 +122,7 @@ class CpuPlatform(Platform):
         return cpu_layers(CpuAttention(model.head_dim, dtype), dtype, config.weight_format == "int8")
 
     def fuse_layers(
-        self, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
+        self, config: EngineConfig, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
     ) -> FusedLayers | None:
         """The layers of a step by one C call, in bfloat16."""
         from nanovllm_dist.workers.platform.cpu_step import fuse_step

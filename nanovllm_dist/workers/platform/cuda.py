@@ -132,14 +132,21 @@ class CudaPlatform(Platform):
         return TritonLayers(config, model, comm, dtype)
 
     def fuse_layers(
-        self, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
+        self, config: EngineConfig, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
     ) -> FusedLayers | None:
         """Layers without kernels for norms, where that computes the same."""
-        from nanovllm_dist.workers.platform.cuda_decoder import DeferredNorms, can_defer_norms
+        from nanovllm_dist.workers.platform.cuda_decoder import DeferredNorms, can_defer_norms, is_plain
         from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
+        from nanovllm_dist.workers.platform.cuda_sharded_decoder import JoinedNorms
+        from nanovllm_dist.workers.platform.cuda_sum_norm import open_sum_norm
 
         assert isinstance(kernels, TritonLayers)
-        return DeferredNorms(model, kernels) if can_defer_norms(model, comm.world_size) else None
+        if can_defer_norms(model, comm.world_size):
+            return DeferredNorms(model, kernels)
+        if comm.world_size == 1 or not is_plain(model):
+            return None
+        sums = open_sum_norm(comm, len(model.norm.weight), dtype, config.max_num_batched_tokens)
+        return None if sums is None else JoinedNorms(model, kernels, sums)
 
     def transfers(self, config: EngineConfig) -> Transfers:
         """Through pinned memory."""

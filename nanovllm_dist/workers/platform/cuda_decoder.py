@@ -6,8 +6,8 @@ it: the rotation, and the activation. And a product can add itself to the residu
 a layer is four products, the rotation, attention and the activation.
 
 What this rounds differs from the norm's own kernel: the weights times the norm's once, but not the normed row. Rows
-are multiplied at their full size, which may be too much for float16. Several ranks sum before they add, and keep the
-norm's kernel, which adds as well.
+are multiplied at their full size, which may be too much for float16. Several ranks sum before they add: see
+`cuda_sharded_decoder`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,12 @@ class DeferredNorms:
 
 def can_defer_norms(model: DecoderLM, world_size: int) -> bool:
     """Whether `DeferredNorms` computes what the layers of this model do."""
-    return world_size == 1 and model.norm.weight.dtype != torch.float16 and all(map(_is_plain, model.layers))
+    return world_size == 1 and model.norm.weight.dtype != torch.float16 and is_plain(model)
+
+
+def is_plain(model: DecoderLM) -> bool:
+    """Whether its layers are the usual ones, without bias but for queries, keys and values."""
+    return all(map(_is_plain, model.layers))
 
 
 def _is_plain(layer: DecoderLayer) -> bool:

@@ -22,10 +22,11 @@ from nanovllm_dist.models.layers.decoder import DecoderLM
 from nanovllm_dist.workers.kernels.activation import FEW_ROWS
 from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS
 from nanovllm_dist.workers.kernels.rope_cache import FEW_TOKENS
-from nanovllm_dist.workers.platform.cuda_decoder import can_defer_norms
+from nanovllm_dist.workers.platform.cuda_decoder import can_defer_norms, is_plain
 from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
 from nanovllm_dist.workers.platform.cuda_linear import CudaLinear
 from nanovllm_dist.workers.platform.cuda_sampler import ShardedSampler
+from nanovllm_dist.workers.platform.cuda_sum_norm import rehearse_sum_norm
 
 # Kernels are cut in one way up to some rows and in another from there on
 _ROWS, _MANY_ROWS = 16, max(FEW_ROWS, FEW_TOKENS) + 1
@@ -82,6 +83,7 @@ class _Rehearsal:
         self._dtype = model.norm.weight.dtype
         self._attention, self._mlp = layer.attention, layer.mlp
         self._deferred = can_defer_norms(model, config.tensor_parallel_size)
+        self._joined = config.tensor_parallel_size > 1 and is_plain(model)
         column = (layer.attention.qkv_proj, layer.mlp.gate_up_proj)
         row = (layer.attention.o_proj, layer.mlp.down_proj)
         self._column = [CudaLinear(one.weight, one.bias) for one in column if one.weight is not None]
@@ -94,6 +96,7 @@ class _Rehearsal:
         return [
             partial(self._norm, added=False),
             *([] if self._deferred else [partial(self._norm, added=True)]),
+            *([self._sum] if self._joined else []),
             *(partial(self._activate, count) for count in (_ROWS, _MANY_ROWS)),
             *(partial(self._attend, count, 0) for count in rows),
             *(partial(self._attend, 0, count) for count in (1, _MANY_ROWS)),
@@ -109,6 +112,9 @@ class _Rehearsal:
     def _norm(self, added: bool) -> None:
         x = self._zeros(1, self._hidden_size)
         self._kernels.add_rms_norm(x, x.clone() if added else None, self._model.norm.weight, self._eps)
+
+    def _sum(self) -> None:
+        rehearse_sum_norm(self._config.tensor_parallel_size, self._zeros(0, self._hidden_size))
 
     def _activate(self, rows: int) -> None:
         hidden = self._zeros(rows, self._hidden_size) if self._deferred else None

@@ -134,14 +134,34 @@ def _require_one_host(device: torch.device) -> None:
         raise UnavailableError("the ranks are on several hosts")
 
 
+def share_memory(size: int, device: torch.device) -> list[torch.Tensor]:
+    """uint8 [size] of every rank, as this process sees it, in rank order; uninitialised. Every rank must call it.
+
+    This rank's owns the memory: the others are gone when it is.
+
+    Raises:
+        UnavailableError: memory cannot be had or exchanged, here or elsewhere.
+    """
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    memory = on_all_ranks(device, lambda: _empty(size, device))
+    handle = on_all_ranks(device, lambda: symmetric_memory.rendezvous(memory, _group()))
+    ranks = range(dist.get_world_size())
+    return [memory if rank == dist.get_rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in ranks]
+
+
 def _allocate(device: torch.device, limits: ReductionLimits) -> torch.Tensor:
+    half = -(-max(limits.one_shot, limits.two_shot) // _ALIGNMENT) * _ALIGNMENT
+    # One allocation: the kernels go by the offset in it, not by where a pool has put a second one
+    return _empty(2 * half, device)
+
+
+def _empty(size: int, device: torch.device) -> torch.Tensor:
     # Read when memory is exchanged; on machines where multicast is switched off, asking for it fails
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    half = -(-max(limits.one_shot, limits.two_shot) // _ALIGNMENT) * _ALIGNMENT
-    # One allocation: the kernels go by the offset in it, not by where a pool has put a second one
-    return symmetric_memory.empty(2 * half, dtype=torch.uint8, device=device)
+    return symmetric_memory.empty(size, dtype=torch.uint8, device=device)
 
 
 def _exchange(buffer: torch.Tensor) -> None:
