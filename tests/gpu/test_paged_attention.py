@@ -99,7 +99,7 @@ def worst(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def make_workspace(rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, **changes: int):  # type: ignore[no-untyped-def]
-    config = replace(paged_decode.config_for(dtype, 256), **{"segment": 128, **changes})
+    config = replace(paged_decode.config_for(dtype, 256, 8), **{"segment": 128, **changes})
     return paged_decode.DecodeWorkspace(rows, heads, kv_heads, dim, 40960, 100, config, DEVICE)
 
 

@@ -62,10 +62,10 @@ DECODES = [
 ]
 PREFILLS = [Shape("16 x 1k prompts, 16/8 heads", 16, 600, 1400, 16, 8), Shape("1 x 8k, 16/8", 1, 8192, 8192, 16, 8)]
 DECODE_VARIANTS = [
-    paged_decode.config_for(DTYPE, 256),
-    paged_decode.config_for(DTYPE, 1),
-    paged_decode.config_for(DTYPE, 32),
-    paged_decode.config_for(DTYPE, 64),
+    paged_decode.config_for(DTYPE, 256, 8),
+    paged_decode.config_for(DTYPE, 1, 8),
+    paged_decode.config_for(DTYPE, 32, 8),
+    paged_decode.config_for(DTYPE, 64, 8),
     DecodeConfig(2048, 16, tile=32, num_warps=2, num_stages=3),
     DecodeConfig(2048, 16, tile=32, num_warps=2, num_stages=4),
     DecodeConfig(2048, 16, tile=32, num_warps=4, num_stages=3),

@@ -31,11 +31,14 @@ from nanovllm_dist.workers.kernels.paged_tiles import LOG2E, block_of, check_lay
 _MIN_ROWS = 16
 # Elements of partial results that a program merges at a time
 _MERGE_ELEMENTS = 4096
-# Up to so many rows: keys of a segment, and most segments of a row
+# Up to so many rows: keys of a segment, and most segments of a row. With _MANY_HEADS key/value heads or more
 _CUTS = ((4, (64, 8)), (32, (512, 16)), (64, (1024, 16)))
+# With fewer of them, as one rank of several has: up to so many rows times heads
+_CUTS_OF_FEW_HEADS = ((32, (128, 16)), (128, (256, 16)), (256, (512, 16)))
 _CUT_OF_MORE = (2048, 16)
-_FEW_ROWS = 32
-ROW_LIMITS = tuple(limit for limit, _cut in _CUTS)
+_MANY_HEADS = 8
+# Up to so many rows times heads the tiles are small
+_FEW_TILES = 256
 # Rows of a program of the listing, contexts that they are compared with at a time, and its warps
 _LIST_ROWS, _LIST_CHUNK, _LIST_WARPS = 32, 64, 4
 # More than fit at once: the device gives the next program to the processor that has room first
@@ -43,19 +46,32 @@ _PROGRAMS_PER_PROCESSOR = 16
 _FIELDS = 5  # of a listed segment: row, index in the row, segments of the row, first key, end
 
 
-def config_for(dtype: torch.dtype, rows: int) -> DecodeConfig:
-    """The configuration for up to `rows` rows with keys of this dtype, measured on a Hopper GPU.
+def config_for(dtype: torch.dtype, rows: int, kv_heads: int) -> DecodeConfig:
+    """The configuration for up to `rows` rows of `kv_heads` heads with keys of this dtype, measured on Hopper GPUs.
 
-    The fewer rows, the finer their contexts must be cut to occupy the processors, and the more it costs. An H100 reads
+    The less there is, the finer contexts must be cut to occupy the processors, and the more it costs. An H100 reads
     256 rows of 100 to 1,100 keys (16 heads over 8) at 95% of its bandwidth with segments of 2,048, at 91% with 512; 16
-    rows at 70% with 512; one row of 512 keys takes 6.6 us with segments of 64 and 11 with 512.
+    rows at 70% with 512; one row of 512 keys takes 6.6 us with segments of 64 and 11 with 512. An H200 takes 14.4 us
+    for 8 rows of 400 to 1,200 keys (16 over 2) with segments of 128 and 23.2 with 512, for 64 rows 27.5 with 256 and
+    33.1 with 1,024, for 256 rows 53.0 with 2,048 and 61.2 with 256.
     """
-    segment, max_segments = next((cut for limit, cut in _CUTS if rows <= limit), _CUT_OF_MORE)
+    segment, max_segments = next((cut for limit, cut in _cuts(kv_heads) if rows <= limit), _CUT_OF_MORE)
     if dtype == torch.float32:
         return DecodeConfig(segment, max_segments, tile=32, num_warps=4, num_stages=2)
-    if rows <= _FEW_ROWS:
+    if rows * min(kv_heads, _MANY_HEADS) <= _FEW_TILES:
         return DecodeConfig(segment, max_segments, tile=32, num_warps=2, num_stages=3)
     return DecodeConfig(segment, max_segments, tile=64, num_warps=4, num_stages=3)
+
+
+def row_limits(kv_heads: int) -> tuple[int, ...]:
+    """Numbers of rows up to which `config_for` gives the same, but for the largest."""
+    return tuple(limit for limit, _cut in _cuts(kv_heads))
+
+
+def _cuts(kv_heads: int) -> tuple[tuple[int, tuple[int, int]], ...]:
+    if kv_heads >= _MANY_HEADS:
+        return _CUTS
+    return tuple((limit // kv_heads, cut) for limit, cut in _CUTS_OF_FEW_HEADS)
 
 
 class DecodeWorkspace:
@@ -167,7 +183,6 @@ def decode_attention(
         TILE=config.tile,
         QUERIES=max(_MIN_ROWS, triton.next_power_of_2(group)),
         WIDTH=width,
-        PARTS=parts,
         MERGED=max(1, min(parts, _MERGE_ELEMENTS // merge_width)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -252,7 +267,6 @@ def _decode(
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
     WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
     MERGED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -265,14 +279,12 @@ def _decode(
     tile_offset = member[:, None] * HEAD_DIM + column[None, :]
     tile_mask = (member[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
     num_tasks = tl.load(segments) * kv_heads
+    # Read beside their number, whether or not there is one for this program
+    row, segment, count, begin, end = _listed(segments, tl.program_id(0) // kv_heads, capacity)
     for task in range(tl.program_id(0), num_tasks, tl.num_programs(0)):
-        listed = segments + 1 + task // kv_heads
         head = task % kv_heads
-        row = tl.load(listed)
-        segment = tl.load(listed + capacity)
-        count = tl.load(listed + 2 * capacity)
-        begin = tl.load(listed + 3 * capacity)
-        end = tl.load(listed + 4 * capacity)
+        if task >= tl.num_programs(0):
+            row, segment, count, begin, end = _listed(segments, task // kv_heads, capacity)
         queries = tl.load(query + row * query_stride + head * GROUP * HEAD_DIM + tile_offset, mask=tile_mask, other=0.0)
         maximum = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
@@ -303,8 +315,16 @@ def _decode(
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals + target, 1, sem="acq_rel", scope="gpu")
             if arrived == count - 1:
-                _merge(out, maxima, sums, partials, target, count, max_segments, GROUP, HEAD_DIM, WIDTH, PARTS, MERGED)
+                _merge(out, maxima, sums, partials, target, count, max_segments, GROUP, HEAD_DIM, WIDTH, MERGED)
                 tl.store(arrivals + target, 0)
+
+
+@triton.jit
+def _listed(segments, place, capacity):
+    """The _FIELDS of a segment of the list."""
+    field = segments + 1 + place
+    row, segment, count = tl.load(field), tl.load(field + capacity), tl.load(field + 2 * capacity)
+    return row, segment, count, tl.load(field + 3 * capacity), tl.load(field + 4 * capacity)
 
 
 @triton.jit
@@ -319,29 +339,31 @@ def _merge(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
     MERGED: tl.constexpr,
 ):
     """Output of the group `target` from its `count` partial results, MERGED of them at a time."""
     MEMBERS: tl.constexpr = triton.next_power_of_2(GROUP)
     member = tl.arange(0, MEMBERS)
     column = tl.arange(0, WIDTH)
-    parts = target * max_segments + tl.arange(0, PARTS)
-    listed = (parts[:, None] < target * max_segments + count) & (member[None, :] < GROUP)
-    top = tl.load(maxima + parts[:, None] * GROUP + member[None, :], mask=listed, other=float("-inf"))
-    # padding of the group stays free of NaN
-    top = tl.where(member < GROUP, tl.max(top, 0), 0.0)
+    top = tl.full([MEMBERS], float("-inf"), tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
     for first in range(0, count, MERGED):
         part = first + tl.arange(0, MERGED)
         place = (target * max_segments + part[:, None]) * GROUP + member[None, :]
         present = (part[:, None] < count) & (member[None, :] < GROUP)
-        weight = tl.exp2(tl.load(maxima + place, mask=present, other=float("-inf")) - top[None, :])
-        total += tl.sum(weight * tl.load(sums + place, mask=present, other=0.0), 0)
         cells = place[:, :, None] * HEAD_DIM + column[None, None, :]
         readable = present[:, :, None] & (column[None, None, :] < HEAD_DIM)
-        acc += tl.sum(weight[:, :, None] * tl.load(partials + cells, mask=readable, other=0.0), 0)
+        # all that is to be read is asked for at once: the time of a merge is that of waiting for memory
+        tops = tl.load(maxima + place, mask=present, other=float("-inf"))
+        totals = tl.load(sums + place, mask=present, other=0.0)
+        accs = tl.load(partials + cells, mask=readable, other=0.0)
+        last, top = top, tl.maximum(top, tl.max(tops, 0))
+        # padding of the group stays free of NaN
+        base = tl.where(member < GROUP, top, 0.0)
+        decay, weight = tl.exp2(last - base), tl.exp2(tops - base[None, :])
+        total = total * decay + tl.sum(weight * totals, 0)
+        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * accs, 0)
     written = (member[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
     cells = (target * GROUP + member[:, None]) * HEAD_DIM + column[None, :]
     tl.store(out + cells, acc / total[:, None], mask=written)

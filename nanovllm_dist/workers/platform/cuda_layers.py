@@ -16,7 +16,7 @@ from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.models.partition import split_heads
 from nanovllm_dist.workers.kernels.activation import silu_mul
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
-from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS, DecodeWorkspace, config_for, decode_attention
+from nanovllm_dist.workers.kernels.paged_decode import DecodeWorkspace, config_for, decode_attention, row_limits
 from nanovllm_dist.workers.kernels.paged_prefill import prefill_attention
 from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
 from nanovllm_dist.workers.platform.cuda_linear import CudaLinear
@@ -48,11 +48,11 @@ class TritonLayers:
                 model.head_dim,
                 config.max_model_len,
                 processors,
-                config_for(dtype, max_rows),
+                config_for(dtype, max_rows, heads.num_kv_heads),
                 device,
             )
 
-        sizes = {min(size, config.max_num_seqs) for size in (*ROW_LIMITS, config.max_num_seqs)}
+        sizes = {min(size, config.max_num_seqs) for size in (*row_limits(heads.num_kv_heads), config.max_num_seqs)}
         self._workspaces = {size: workspace(size) for size in sorted(sizes)}
 
     def prepare(self, batch: AttentionBatch, positions: torch.Tensor, rotary: RotaryEmbedding) -> Plan:

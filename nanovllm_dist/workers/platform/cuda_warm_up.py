@@ -20,7 +20,7 @@ from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
 from nanovllm_dist.workers.kernels.activation import FEW_ROWS
-from nanovllm_dist.workers.kernels.paged_decode import ROW_LIMITS
+from nanovllm_dist.workers.kernels.paged_decode import row_limits
 from nanovllm_dist.workers.kernels.rope_cache import FEW_TOKENS
 from nanovllm_dist.workers.platform.cuda_decoder import can_defer_norms, is_plain
 from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
@@ -92,7 +92,8 @@ class _Rehearsal:
 
     def calls(self) -> list[Callable[[], object]]:
         """What to call, each of them once and in any thread."""
-        rows = [1, *(limit + 1 for limit in ROW_LIMITS if limit < self._config.max_num_seqs)]
+        limits = row_limits(self._model.kv_heads)
+        rows = [1, *(limit + 1 for limit in limits if limit < self._config.max_num_seqs)]
         return [
             partial(self._norm, added=False),
             *([] if self._deferred else [partial(self._norm, added=True)]),
