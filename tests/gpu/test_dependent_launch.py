@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from nanovllm_dist.workers.kernels import dependent_launch, sampling
 from nanovllm_dist.workers.kernels.activation import silu_mul
-from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_linear
+from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_gated, few_rows_linear
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
 from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
 
@@ -77,8 +77,11 @@ def layers_with_deferred_norms(rows: int) -> Chain:
                 hidden.addmm_(query.flatten(1), o[layer % 3].t())
             else:
                 few_rows_linear(query.flatten(1), o[layer % 3], hidden, add=True)
-            gate_up = few_rows_linear(hidden, up[layer % 5])
-            few_rows_linear(silu_mul(gate_up, hidden, EPS), down[layer % 3], hidden, add=True)
+            if layer % 2 == 0:
+                activated = few_rows_gated(hidden, up[layer % 5], EPS)
+            else:
+                activated = silu_mul(few_rows_linear(hidden, up[layer % 5]), hidden, EPS)
+            few_rows_linear(activated, down[layer % 3], hidden, add=True)
         return torch.cat((hidden, keys[1, :rows].flatten(1), values[1, :rows].flatten(1)), dim=1)
 
     return run

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_linear, max_rows
+from nanovllm_dist.workers.kernels.activation import silu_mul
+from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_gated, few_rows_linear, max_rows
 
 # Where the interpreter runs the kernels (TRITON_INTERPRET=1) there is no GPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,3 +115,40 @@ class TestMaxRows:
         assert max_rows(torch.empty(8, 64, dtype=torch.float64)) == 0
         assert max_rows(torch.empty(8, 64, dtype=torch.int8)) == 0
         assert max_rows(torch.empty(64, 8, dtype=torch.bfloat16).t()) == 0
+
+
+class TestFewRowsGated:
+    """few_rows_gated(x, weight) -> silu of the first half of x @ weight.T, times the other half"""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("shape", [(768, 1024), (6, 64), (130, 333), (1030, 6400)])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_is_the_activation_of_the_product(self, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        x = random(rows, shape[1], dtype=dtype)
+        weight = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5
+        expected = silu_mul(few_rows_linear(x, weight))
+        torch.testing.assert_close(few_rows_gated(x, weight), expected, rtol=4 * UNIT[dtype], atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("shape", [(768, 1024), (130, 333), (1030, 6400)])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_makes_up_for_a_norm_before(self, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        x = random(rows, shape[1], dtype=dtype) * torch.tensor([9.0, 0.1, 1.0, 30.0], device=DEVICE)[:rows, None].to(
+            dtype
+        )
+        weight = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5
+        expected = silu_mul(few_rows_linear(x, weight), x, 1e-3)
+        torch.testing.assert_close(few_rows_gated(x, weight, 1e-3), expected, rtol=4 * UNIT[dtype], atol=1e-5)
+
+    def test_a_row_is_the_same_alone_and_among_others(self) -> None:
+        x, weight = random(MAX_ROWS, 1024, dtype=torch.bfloat16), random(768, 1024, dtype=torch.bfloat16, seed=1) / 32
+        together = few_rows_gated(x, weight, 1e-6)
+        for rows in range(1, MAX_ROWS):
+            assert torch.equal(few_rows_gated(x[MAX_ROWS - rows :], weight, 1e-6), together[MAX_ROWS - rows :])
+
+    def test_an_odd_number_of_features_is_refused(self) -> None:
+        x, weight = random(1, 64, dtype=torch.bfloat16), random(5, 64, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match="5 features: an odd number"):
+            few_rows_gated(x, weight)
+        with pytest.raises(ValueError, match="cannot take"):
+            few_rows_gated(x.float(), weight[:4])

@@ -84,7 +84,7 @@ def time_norms(rank: int, comm: SymmetricCommunicator) -> None:
     comm._limits = ReductionLimits.measured(comm.world_size)
     sums = {}
     for way, limit in (("one shot", 2**20), ("two shots", 0)):
-        cuda_sum_norm._ONE_SHOT_BYTES = limit
+        cuda_sum_norm._ONE_SHOT_BYTES = {comm.world_size: limit}
         sums[way] = cuda_sum_norm.open_sum_norm(comm, HIDDEN, torch.bfloat16, max(ROWS))
     weight = torch.ones(HIDDEN, dtype=torch.bfloat16, device="cuda")
     for rows in ROWS:

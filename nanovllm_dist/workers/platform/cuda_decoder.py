@@ -54,7 +54,7 @@ class DeferredNorms:
             heads = attention.num_heads, attention.num_kv_heads, attention.qk_norm
             product = qkv.product(hidden)
             o.add_to(hidden, kernels.attend(product, *heads, index, batch, plan, qkv.bias, hidden, eps))
-            down.add_to(hidden, kernels.silu_mul(gate_up.product(hidden), hidden, eps))
+            down.add_to(hidden, gate_up.gated(hidden, eps))
         normed: torch.Tensor = self._norm(hidden)[0]
         return normed
 
@@ -77,10 +77,10 @@ def _is_plain(layer: DecoderLayer) -> bool:
 
 def _fold(layer: DecoderLayer) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
-    _move_weight(layer.input_norm, _kernel(attention.qkv_proj))
-    _move_weight(layer.mlp_norm, _kernel(mlp.gate_up_proj))
+    _move_weight(layer.input_norm, linear_kernel(attention.qkv_proj))
+    _move_weight(layer.mlp_norm, linear_kernel(mlp.gate_up_proj))
     linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-    return _Layer(attention, *map(_kernel, linears))
+    return _Layer(attention, *map(linear_kernel, linears))
 
 
 def _move_weight(norm: RMSNorm, linear: CudaLinear) -> None:
@@ -88,6 +88,7 @@ def _move_weight(norm: RMSNorm, linear: CudaLinear) -> None:
     norm.weight.fill_(1.0)
 
 
-def _kernel(linear: PackedLinear) -> CudaLinear:
+def linear_kernel(linear: PackedLinear) -> CudaLinear:
+    """What `TritonLayers.pack_linear` made of it."""
     assert isinstance(linear.kernel, CudaLinear)
     return linear.kernel

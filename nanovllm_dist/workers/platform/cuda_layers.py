@@ -128,11 +128,9 @@ class TritonLayers:
         """See LayerKernels."""
         return add_rms_norm(x, residual, weight, eps)
 
-    def silu_mul(
-        self, gate_up: torch.Tensor, hidden: torch.Tensor | None = None, hidden_eps: float = 0.0
-    ) -> torch.Tensor:
-        """See LayerKernels; `hidden` as in `attend`."""
-        return silu_mul(gate_up, hidden, hidden_eps)
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See LayerKernels."""
+        return silu_mul(gate_up)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
         """The plain weight, with a kernel of its own for few rows."""

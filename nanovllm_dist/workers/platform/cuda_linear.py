@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanovllm_dist.workers.kernels.few_rows_linear import few_rows_linear, max_rows
+from nanovllm_dist.workers.kernels.activation import silu_mul
+from nanovllm_dist.workers.kernels.few_rows_linear import few_rows_gated, few_rows_linear, max_rows
 
 # cuBLAS reads a weight of so many rows, an output vocabulary's, at 93% of the bandwidth
 _LARGE = 2**16
@@ -44,3 +45,13 @@ class CudaLinear:
             few_rows_linear(x, self.weight, total, add=True)
         else:
             total.addmm_(x, self.weight.t())
+
+    def gated(self, x: torch.Tensor, norm_eps: float | None = None) -> torch.Tensor:
+        """x [T, in] -> silu of the first half of x @ weight.T, times the other half, [T, out / 2], without the bias.
+
+        With `norm_eps` rows of the product are first divided by the root mean square of their row of x.
+        """
+        if len(x) <= self.few_rows:
+            return few_rows_gated(x, self.weight, norm_eps)
+        product = self.product(x)
+        return silu_mul(product) if norm_eps is None else silu_mul(product, x, norm_eps)

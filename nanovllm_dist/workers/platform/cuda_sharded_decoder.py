@@ -1,7 +1,7 @@
 """The layers of several ranks with two launches less in each: what sums a product over the ranks also adds the residual
 and norms.
 
-What is left of a layer are four products, the rotation, attention, the activation and two sums.
+What is left of a layer are four products, the rotation, attention, the activation unless rows are few, and two sums.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLayer, DecoderLM
 from nanovllm_dist.models.layers.linear import RowParallelLinear
 from nanovllm_dist.models.layers.norm import RMSNorm
+from nanovllm_dist.workers.platform.cuda_decoder import linear_kernel
 from nanovllm_dist.workers.platform.cuda_layers import Plan, TritonLayers
+from nanovllm_dist.workers.platform.cuda_linear import CudaLinear
 from nanovllm_dist.workers.platform.cuda_sum_norm import SumNorm
 
 
 class _Layer(NamedTuple):
     layer: DecoderLayer
+    gate_up: CudaLinear
     next_norm: RMSNorm
 
 
@@ -31,7 +34,10 @@ class JoinedNorms:
         self._sums = sums
         norms = [*(layer.input_norm for layer in model.layers), model.norm]
         self._first_norm = norms[0]
-        self._layers = [_Layer(layer, norm) for layer, norm in zip(model.layers, norms[1:], strict=True)]
+        self._layers = [
+            _Layer(layer, linear_kernel(layer.mlp.gate_up_proj), norm)
+            for layer, norm in zip(model.layers, norms[1:], strict=True)
+        ]
 
     def takes(self, batch: AttentionBatch) -> bool:
         """Those that fit."""
@@ -41,13 +47,12 @@ class JoinedNorms:
         """See FusedLayers; `hidden` is overwritten, and what comes back is good until the next step."""
         kernels, residual = self._kernels, hidden
         normed: torch.Tensor = self._first_norm(hidden)[0]
-        for index, (layer, next_norm) in enumerate(self._layers):
-            attention, mlp = layer.attention, layer.mlp
+        for index, (layer, gate_up, next_norm) in enumerate(self._layers):
+            attention = layer.attention
             heads = attention.num_heads, attention.num_kv_heads, attention.qk_norm
             attended = kernels.attend(attention.qkv_proj(normed), *heads, index, batch, plan)
             normed = self._sum(attention.o_proj, attended, residual, layer.mlp_norm)
-            activated = kernels.silu_mul(mlp.gate_up_proj(normed))
-            normed = self._sum(mlp.down_proj, activated, residual, next_norm)
+            normed = self._sum(layer.mlp.down_proj, gate_up.gated(normed), residual, next_norm)
         return normed
 
     def _sum(self, linear: RowParallelLinear, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:

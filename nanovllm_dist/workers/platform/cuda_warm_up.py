@@ -19,7 +19,8 @@ from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import ModelConfig
 from nanovllm_dist.models.layers.attention_batch import AttentionBatch
 from nanovllm_dist.models.layers.decoder import DecoderLM
-from nanovllm_dist.workers.kernels.activation import FEW_ROWS
+from nanovllm_dist.models.layers.linear import PackedLinear
+from nanovllm_dist.workers.kernels.activation import FEW_ROWS, silu_mul
 from nanovllm_dist.workers.kernels.paged_decode import row_limits
 from nanovllm_dist.workers.kernels.rope_cache import FEW_TOKENS
 from nanovllm_dist.workers.platform.cuda_decoder import can_defer_norms, is_plain
@@ -84,10 +85,10 @@ class _Rehearsal:
         self._attention, self._mlp = layer.attention, layer.mlp
         self._deferred = can_defer_norms(model, config.tensor_parallel_size)
         self._joined = config.tensor_parallel_size > 1 and is_plain(model)
-        column = (layer.attention.qkv_proj, layer.mlp.gate_up_proj)
-        row = (layer.attention.o_proj, layer.mlp.down_proj)
-        self._column = [CudaLinear(one.weight, one.bias) for one in column if one.weight is not None]
-        self._row = [CudaLinear(one.weight, None) for one in row if one.weight is not None]
+        qkv, o = layer.attention.qkv_proj, layer.attention.o_proj
+        gate_up, down = layer.mlp.gate_up_proj, layer.mlp.down_proj
+        self._qkv, self._gate_up = (CudaLinear(_weight(one), one.bias) for one in (qkv, gate_up))
+        self._row = [CudaLinear(_weight(one), None) for one in (o, down)]
         self._vocab = CudaLinear(model.output_vocab.weight, None)
 
     def calls(self) -> list[Callable[[], object]]:
@@ -101,7 +102,8 @@ class _Rehearsal:
             *(partial(self._activate, count) for count in (_ROWS, _MANY_ROWS)),
             *(partial(self._attend, count, 0) for count in rows),
             *(partial(self._attend, 0, count) for count in (1, _MANY_ROWS)),
-            *(partial(self._project, one, count) for one in self._column for count in self._few_rows(one)),
+            *(partial(self._project, self._qkv, count) for count in self._few_rows(self._qkv)),
+            *(partial(self._gate, count) for count in self._few_rows(self._gate_up)),
             *(partial(self._add, one, count) for one in self._row for count in self._few_rows(one)),
             *(partial(self._project, self._vocab, count) for count in self._few_rows(self._vocab)),
             lambda: self._sampler.rehearse(self._zeros(_ROWS, self._model.lm_head.columns)),
@@ -118,8 +120,11 @@ class _Rehearsal:
         rehearse_sum_norm(self._config.tensor_parallel_size, self._zeros(0, self._hidden_size))
 
     def _activate(self, rows: int) -> None:
-        hidden = self._zeros(rows, self._hidden_size) if self._deferred else None
-        self._kernels.silu_mul(self._zeros(rows, self._mlp.gate_up_proj.out_features), hidden, self._eps)
+        gate_up = self._zeros(rows, self._mlp.gate_up_proj.out_features)
+        if self._deferred:
+            silu_mul(gate_up, self._zeros(rows, self._hidden_size), self._eps)
+        else:
+            silu_mul(gate_up)
 
     def _attend(self, decodes: int, prefills: int) -> None:
         tokens, attention = decodes + 2 * prefills, self._attention
@@ -146,12 +151,24 @@ class _Rehearsal:
         else:
             linear(x)
 
+    def _gate(self, rows: int) -> None:
+        x = self._zeros(rows, self._hidden_size)
+        if self._deferred or self._joined:
+            self._gate_up.gated(x, self._eps if self._deferred else None)
+        if not self._deferred:  # joined or not: whether the ranks share memory is not known yet
+            self._gate_up(x)
+
     def _add(self, linear: CudaLinear, rows: int) -> None:
         outputs, inputs = linear.weight.shape
         if self._deferred:
             linear.add_to(self._zeros(rows, outputs), self._zeros(rows, inputs))
         else:
             linear(self._zeros(rows, inputs))
+
+
+def _weight(linear: PackedLinear) -> torch.Tensor:
+    assert linear.weight is not None
+    return linear.weight
 
 
 def _batch(
