@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("triton")
+
 from nanovllm_dist.models.parallel import GroupCommunicator
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
 from nanovllm_dist.workers.platform.cuda_sum_norm import SumNorm, open_sum_norm
