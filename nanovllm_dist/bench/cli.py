@@ -18,7 +18,7 @@ from nanovllm_dist.bench.step_breakdown import DEFAULT_STEPS
 from nanovllm_dist.bench.workloads import RANDOM
 from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError
 from nanovllm_dist.launcher.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
-from nanovllm_dist.launcher.signals import handle_signals
+from nanovllm_dist.launcher.signals import forget_interrupt, handle_signals
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
@@ -270,6 +270,7 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        forget_interrupt()
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except NanoVLLMError as error:
         typer.echo(f"error: {error}", err=True)

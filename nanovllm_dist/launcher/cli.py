@@ -19,7 +19,7 @@ from nanovllm_dist.errors import ConfigError, InvalidRequestError, NanoVLLMError
 from nanovllm_dist.launcher import options as o
 from nanovllm_dist.launcher.invocation import Invocation, build_invocation, read_config_file
 from nanovllm_dist.launcher.jobs import read_jobs
-from nanovllm_dist.launcher.signals import handle_signals
+from nanovllm_dist.launcher.signals import forget_interrupt, handle_signals
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 _USAGE_ERRORS = (ConfigError, InvalidRequestError)
@@ -94,6 +94,7 @@ def launch(
     try:
         run(_invocation(context))
     except KeyboardInterrupt:
+        forget_interrupt()
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except NanoVLLMError as error:
         _fail(error)

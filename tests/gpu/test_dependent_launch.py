@@ -18,6 +18,12 @@ from nanovllm_dist.workers.kernels.activation import silu_mul
 from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_gated, few_rows_linear
 from nanovllm_dist.workers.kernels.norm import add_rms_norm
 from nanovllm_dist.workers.kernels.rope_cache import norm_rope_store
+from nanovllm_dist.workers.kernels.sum_norm import (
+    OneShotMemory,
+    TwoShotMemory,
+    sum_add_rms_norm_one_shot,
+    sum_add_rms_norm_two_shots,
+)
 
 Chain = Callable[[], torch.Tensor]
 
@@ -87,6 +93,30 @@ def layers_with_deferred_norms(rows: int) -> Chain:
     return run
 
 
+def layers_with_sums(rows: int) -> Chain:
+    """Layers of one rank of a group of one, which finds its own rows in the memory that ranks share."""
+    up, down = weights(5, 2 * INTERMEDIATE, HIDDEN), weights(3, HIDDEN, INTERMEDIATE, seed=9)
+    norm_weight, start = random(HIDDEN), random(rows, HIDDEN)
+    inbox = torch.full(OneShotMemory.inbox_shape(rows, 1, HIDDEN), -1, dtype=torch.int16, device=DEVICE)
+    one_shot = OneShotMemory(0, (inbox,), torch.zeros(rows, dtype=torch.int32, device=DEVICE))
+    part, normed_rows = torch.zeros(2, rows, HIDDEN, dtype=start.dtype, device=DEVICE)
+    two_shots = TwoShotMemory(0, (part,), (normed_rows,), (torch.zeros(2, 4, dtype=torch.int32, device=DEVICE),))
+
+    def run() -> torch.Tensor:
+        normed, residual = start.clone(), start.clone()
+        for layer in range(LAYERS):
+            activated = few_rows_gated(normed, up[layer % 5])
+            if layer % 3 == 0:
+                few_rows_linear(activated, down[layer % 3], part)
+                normed = sum_add_rms_norm_two_shots(rows, residual, norm_weight, EPS, two_shots)
+            else:
+                product = few_rows_linear(activated, down[layer % 3])
+                normed = sum_add_rms_norm_one_shot(product, residual, norm_weight, EPS, one_shot)
+        return torch.cat((normed, residual))
+
+    return run
+
+
 def tokens_one_after_another(rows: int) -> Chain:
     """Each token is drawn from logits that the one before makes, and read back from where it was appended."""
     embedding, [head] = random(VOCAB, HIDDEN), weights(1, VOCAB, HIDDEN, seed=1)
@@ -111,7 +141,9 @@ def tokens_one_after_another(rows: int) -> Chain:
     return run
 
 
-@pytest.mark.parametrize("make", [layers_with_norms, layers_with_deferred_norms, tokens_one_after_another])
+@pytest.mark.parametrize(
+    "make", [layers_with_norms, layers_with_deferred_norms, layers_with_sums, tokens_one_after_another]
+)
 @pytest.mark.parametrize("rows", [1, MAX_ROWS])
 @torch.inference_mode()
 def test_gives_the_same_bits_as_waiting_for_each_kernel(

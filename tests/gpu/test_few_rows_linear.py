@@ -8,7 +8,13 @@ import torch
 pytest.importorskip("triton")
 
 from nanovllm_dist.workers.kernels.activation import silu_mul
-from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_gated, few_rows_linear, max_rows
+from nanovllm_dist.workers.kernels.few_rows_linear import (
+    MAX_ROWS,
+    few_rows_gated,
+    few_rows_linear,
+    max_gated_rows,
+    max_rows,
+)
 
 # Where the interpreter runs the kernels (TRITON_INTERPRET=1) there is no GPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,6 +116,10 @@ class TestMaxRows:
     @pytest.mark.parametrize(("size", "rows"), [(1024, 4), (4096, 4), (5120, 2), (6400, 2), (20480, 2), (20481, 0)])
     def test_is_less_for_longer_rows(self, size: int, rows: int) -> None:
         assert max_rows(torch.empty(8, size, dtype=torch.bfloat16)) == rows
+
+    @pytest.mark.parametrize(("size", "rows"), [(1024, 4), (5120, 2), (10240, 2), (10241, 0)])
+    def test_of_gates_ends_where_two_rows_of_the_weight_are_too_many(self, size: int, rows: int) -> None:
+        assert max_gated_rows(torch.empty(8, size, dtype=torch.bfloat16)) == rows
 
     def test_is_none_for_what_the_kernel_refuses(self) -> None:
         assert max_rows(torch.empty(8, 64, dtype=torch.float64)) == 0

@@ -50,6 +50,12 @@ def max_rows(weight: torch.Tensor) -> int:
     return MAX_ROWS if row_bytes <= _SHORT_BYTES else _MAX_LONG_ROWS
 
 
+def max_gated_rows(weight: torch.Tensor) -> int:
+    """The same of `few_rows_gated`, whose programs have two rows of the weight in registers."""
+    row_bytes = weight.shape[1] * weight.element_size()
+    return max_rows(weight) if 2 * row_bytes <= 32 * _MAX_WARPS * _MAX_THREAD_BYTES else 0
+
+
 def few_rows_linear(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None, *, add: bool = False
 ) -> torch.Tensor:

@@ -38,7 +38,7 @@ _CUTS_OF_FEW_HEADS = ((32, (128, 16)), (128, (256, 16)), (256, (512, 16)))
 _CUT_OF_MORE = (2048, 16)
 _MANY_HEADS = 8
 # Up to so many rows times heads the tiles are small
-_FEW_TILES = 256
+_FEW_TILES = _CUTS_OF_FEW_HEADS[-1][0]
 # Rows of a program of the listing, contexts that they are compared with at a time, and its warps
 _LIST_ROWS, _LIST_CHUNK, _LIST_WARPS = 32, 64, 4
 # More than fit at once: the device gives the next program to the processor that has room first
@@ -64,7 +64,7 @@ def config_for(dtype: torch.dtype, rows: int, kv_heads: int) -> DecodeConfig:
 
 
 def row_limits(kv_heads: int) -> tuple[int, ...]:
-    """Numbers of rows up to which `config_for` gives the same, but for the largest."""
+    """The largest number of rows of each cut that `config_for` chooses among, but for the last cut, which has none."""
     return tuple(limit for limit, _cut in _cuts(kv_heads))
 
 

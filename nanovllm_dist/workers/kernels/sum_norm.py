@@ -12,6 +12,10 @@ its row was added. All programs of a number, one in each rank, meet before they 
 have stored rows to others. A rank meets when its earlier work is done: so all parts are complete, and nobody still
 reads what is overwritten.
 
+A program waits for those of its number in the other ranks. So that none waits for one that finds no room, there must
+be no more of them than run at once: whoever makes the memory sees to it. Kernels that start early do not take their
+room, since they start when all of these have.
+
 Both add the ranks' parts in rank order in fp32, then the residual, and round that sum once: all ranks get the same
 bits, by either way. A rank that dies leaves the others waiting for good. Memory of other ranks comes in as tensors;
 how it got there is not known here.
@@ -31,8 +35,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm_dist.workers.kernels.dependent_launch import launch_options
 from nanovllm_dist.workers.kernels.norm import ELEMENTS_PER_THREAD, inverse_rms
 
-# More would have to wait for processors, and every one of them has to meet
-MAX_PROGRAMS = 256
 _TURNS = tl.constexpr(3)
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -40,6 +42,8 @@ _BITS = {2: torch.int16, 4: torch.int32}
 @dataclass(frozen=True)
 class OneShotMemory:
     """What `sum_add_rms_norm_one_shot` of up to `max_rows` rows works in; the same sizes on all ranks.
+
+    A row is a program, and all must fit on the device at once.
 
     Attributes:
         rank: of this process.
@@ -76,7 +80,7 @@ class TwoShotMemory:
         rank: of this process.
         parts: of each rank, as this process sees it, [max_rows, size]: this rank's is to be filled before a sum.
         normed: of each rank, [max_rows, size]: this rank's holds a sum's result until the next.
-        meetings: of each rank, int32 [2, MAX_PROGRAMS], zeros in the beginning, on all ranks.
+        meetings: of each rank, int32 [2, most programs], zeros in the beginning, on all ranks.
     """
 
     rank: int
@@ -88,6 +92,11 @@ class TwoShotMemory:
     def max_rows(self) -> int:
         """Of one sum."""
         return len(self.parts[self.rank])
+
+    @property
+    def max_programs(self) -> int:
+        """Of one sum; they must all fit on the device at once."""
+        return self.meetings[self.rank].shape[1]
 
 
 def sum_add_rms_norm_one_shot(
@@ -137,7 +146,7 @@ def sum_add_rms_norm_two_shots(
     part = memory.parts[memory.rank][:rows]
     _check(part, residual, weight, memory.max_rows)
     world_size, size = len(memory.parts), part.shape[1]
-    _two_shot_kernel[(min(triton.cdiv(rows, world_size), MAX_PROGRAMS),)](
+    _two_shot_kernel[(min(triton.cdiv(rows, world_size), memory.max_programs),)](
         memory.parts,
         memory.normed,
         memory.meetings,
@@ -146,9 +155,9 @@ def sum_add_rms_norm_two_shots(
         rows,
         memory.rank,
         residual.stride(0),
+        memory.max_programs,
         eps,
         WORLD=world_size,
-        PROGRAMS=MAX_PROGRAMS,
         **_row_options(size),
     )
     return memory.normed[memory.rank][:rows]
@@ -244,7 +253,7 @@ def _one_shot_kernel(
     tl.store(turns_ptr + row, (turn + 1) % _TURNS)
 
 
-@triton.jit(do_not_specialize=["rows", "rank"])
+@triton.jit(do_not_specialize=["rows", "rank", "max_programs"])
 def _two_shot_kernel(
     part_ptrs,
     normed_ptrs,
@@ -254,11 +263,11 @@ def _two_shot_kernel(
     rows,
     rank,
     residual_stride,
+    max_programs,
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     WORLD: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -281,7 +290,7 @@ def _two_shot_kernel(
         tl.store(place, total, mask=inside)
         for peer in tl.static_range(WORLD):
             tl.store(normed_ptrs[peer] + start + column, normed, mask=inside)
-    _meet(meeting_ptrs, PROGRAMS + tl.program_id(0), rank, WORLD)
+    _meet(meeting_ptrs, max_programs + tl.program_id(0), rank, WORLD)
 
 
 @triton.jit

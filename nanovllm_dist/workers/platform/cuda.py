@@ -134,7 +134,7 @@ class CudaPlatform(Platform):
     def fuse_layers(
         self, config: EngineConfig, model: DecoderLM, kernels: LayerKernels, comm: Communicator, dtype: torch.dtype
     ) -> FusedLayers | None:
-        """Layers without kernels for norms, where that computes the same."""
+        """Layers whose norms have no kernels of their own, where that computes the same."""
         from nanovllm_dist.workers.platform.cuda_decoder import DeferredNorms, can_defer_norms, is_plain
         from nanovllm_dist.workers.platform.cuda_layers import TritonLayers
         from nanovllm_dist.workers.platform.cuda_sharded_decoder import JoinedNorms

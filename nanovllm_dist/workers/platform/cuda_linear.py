@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm_dist.workers.kernels.activation import silu_mul
-from nanovllm_dist.workers.kernels.few_rows_linear import few_rows_gated, few_rows_linear, max_rows
+from nanovllm_dist.workers.kernels.few_rows_linear import few_rows_gated, few_rows_linear, max_gated_rows, max_rows
 
 # cuBLAS reads a weight of so many rows, an output vocabulary's, at 93% of the bandwidth
 _LARGE = 2**16
@@ -24,6 +24,7 @@ class CudaLinear:
         self.weight = weight
         self.bias = bias
         self.few_rows = max_rows(weight) if len(weight) < _LARGE else 0
+        self._few_gated_rows = min(self.few_rows, max_gated_rows(weight))
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See LinearKernel."""
@@ -51,7 +52,7 @@ class CudaLinear:
 
         With `norm_eps` rows of the product are first divided by the root mean square of their row of x.
         """
-        if len(x) <= self.few_rows:
+        if len(x) <= self._few_gated_rows:
             return few_rows_gated(x, self.weight, norm_eps)
         product = self.product(x)
         return silu_mul(product) if norm_eps is None else silu_mul(product, x, norm_eps)

@@ -137,17 +137,26 @@ def _require_one_host(device: torch.device) -> None:
 def share_memory(size: int, device: torch.device) -> list[torch.Tensor]:
     """uint8 [size] of every rank, as this process sees it, in rank order; uninitialised. Every rank must call it.
 
-    This rank's owns the memory: the others are gone when it is.
+    A rank must keep its own as long as another uses it.
 
     Raises:
         UnavailableError: memory cannot be had or exchanged, here or elsewhere.
     """
+    memory = on_all_ranks(device, lambda: _empty(size, device))
+    return on_all_ranks(device, lambda: _views(memory))
+
+
+def _views(memory: torch.Tensor) -> list[torch.Tensor]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    memory = on_all_ranks(device, lambda: _empty(size, device))
-    handle = on_all_ranks(device, lambda: symmetric_memory.rendezvous(memory, _group()))
-    ranks = range(dist.get_world_size())
-    return [memory if rank == dist.get_rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in ranks]
+    handle = symmetric_memory.rendezvous(memory, _group())
+    own, views = dist.get_rank(), []
+    for rank in range(dist.get_world_size()):
+        view = handle.get_buffer(rank, memory.shape, memory.dtype)
+        if rank == own and view.data_ptr() != memory.data_ptr():
+            raise UnavailableError("symmetric memory does not begin where its tensor does")
+        views.append(memory if rank == own else view)
+    return views
 
 
 def _allocate(device: torch.device, limits: ReductionLimits) -> torch.Tensor:
