@@ -110,8 +110,8 @@ def sum_add_rms_norm_one_shot(
     Raises:
         ValueError: more rows than the memory is for, rows of elements apart, or shapes or dtypes that differ.
     """
-    _check(part, residual, weight, memory.max_rows)
     rows, size = part.shape
+    _check(part, residual, weight, rows, memory.max_rows)
     normed = torch.empty((rows, size), dtype=part.dtype, device=part.device)
     _one_shot_kernel[(rows,)](
         part,
@@ -144,7 +144,7 @@ def sum_add_rms_norm_two_shots(
         ValueError: see `sum_add_rms_norm_one_shot`.
     """
     part = memory.parts[memory.rank][:rows]
-    _check(part, residual, weight, memory.max_rows)
+    _check(part, residual, weight, rows, memory.max_rows)
     world_size, size = len(memory.parts), part.shape[1]
     _two_shot_kernel[(min(triton.cdiv(rows, world_size), memory.max_programs),)](
         memory.parts,
@@ -169,13 +169,16 @@ def _row_options(size: int) -> dict[str, int | bool]:
     return {"SIZE": size, "BLOCK": block, "num_warps": num_warps, **launch_options()}
 
 
-def _check(part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, max_rows: int) -> None:
-    rows, size = part.shape
+def _check(part: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, rows: int, max_rows: int) -> None:
     if rows > max_rows:
         raise ValueError(f"a sum of {rows} rows in memory for {max_rows}")
     if part.stride(1) != 1 or residual.stride(1) != 1 or weight.stride(0) != 1:
         raise ValueError("a sum with norm needs rows of adjacent elements")
-    if residual.shape != part.shape or weight.shape != (size,) or not part.dtype == residual.dtype == weight.dtype:
+    if (
+        residual.shape != part.shape
+        or weight.shape != part.shape[1:]
+        or not part.dtype == residual.dtype == weight.dtype
+    ):
         raise ValueError(
             f"a sum of parts {tuple(part.shape)} {part.dtype}, residual {tuple(residual.shape)} {residual.dtype}, "
             f"weight {tuple(weight.shape)} {weight.dtype}: shapes and dtypes must agree"
