@@ -50,7 +50,10 @@ class Deployment:
         self._ended = False
         self._owner = os.getpid()
         self._coordinator: RunningProcess | None = None
-        self._supervisor = Supervisor()
+        try:
+            self._supervisor = Supervisor()
+        except OSError as error:
+            raise EngineStartError(f"no directory for the engine's sockets and logs: {error}; set TMPDIR") from None
         self.backend: Backend = _backend(config, self._supervisor)
 
     @property

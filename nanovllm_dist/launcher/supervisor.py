@@ -1,8 +1,8 @@
 """The watchdog of one engine: when the launcher is gone, for whatever reason, nothing of the engine stays.
 
-Run as a script, it holds a pipe from the launcher. When that closes (or says `finish`) it kills the processes it
-was told of and every process that writes its output into the run directory, then removes the directory. It uses
-the standard library alone, so that it is up in milliseconds, and knows nothing of engines.
+Run as a script, it makes the run directory and holds a pipe from the launcher. When that closes (or says `finish`) it
+kills the processes it was told of and every process that writes its output into the directory, then removes that. It
+uses the standard library alone, so that it is up in milliseconds, and knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -30,16 +30,11 @@ class Supervisor:
     """The launcher's side: a private run directory (mode 0700) and the watchdog that removes it in the end."""
 
     def __init__(self) -> None:
+        """Start the watchdog, and with it the directory. Raises OSError where none can be made."""
         parent = tempfile.gettempdir()
         parent = parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp"
-        self.directory = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=parent))
-        try:
-            self._start_watchdog()
-        except BaseException:  # Ctrl-C before there is a watchdog, or before it can answer
-            shutil.rmtree(self.directory, ignore_errors=True)
-            raise
-
-    def _start_watchdog(self) -> None:
+        self.directory = Path(parent, f"nanovllm-{os.urandom(4).hex()}")
+        # who removes the directory also makes it: there is no moment at which Ctrl-C would leave one behind
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(self.directory), str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -50,8 +45,16 @@ class Supervisor:
         )
         # pipes, by the arguments above
         self._commands, self._answers = cast("IO[bytes]", process.stdin), cast("IO[bytes]", process.stdout)
-        self.pid = int(self._answers.readline())
-        process.wait()  # it left a child behind, which is the watchdog
+        try:
+            kind, _, answer = self._answers.readline().decode().strip().partition(" ")
+            process.wait()  # it left a child behind, which is the watchdog
+            if kind != "pid":
+                raise OSError(f"{self.directory} could not be made: {answer or 'its watchdog did not start'}")
+            self.pid = int(answer)
+        except BaseException:
+            self._commands.close()  # the watchdog leaves and takes the directory along
+            self._answers.close()
+            raise
 
     def watch(self, *pids: int) -> None:
         """Have these processes killed in the end."""
@@ -162,10 +165,15 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it leaves when the launcher does, and not before
     identity = _identity(launcher)
+    try:
+        os.mkdir(directory, 0o700)
+    except OSError as error:
+        os.write(1, f"error {error.strerror}\n".encode())
+        return
     # no longer a child of the launcher, it escapes a host (a Ray worker is one) that kills its children as it ends
     child = os.fork()
     if child:
-        os.write(1, f"{child}\n".encode())
+        os.write(1, f"pid {child}\n".encode())
         os._exit(0)
     watched: dict[int, str] = {}
     _listen(identity, watched)

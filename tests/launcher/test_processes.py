@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nanovllm_dist.config import EngineConfig
+from nanovllm_dist.errors import EngineStartError
+from nanovllm_dist.launcher.deployment import Deployment
 from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
 from nanovllm_dist.launcher.supervisor import Supervisor
 
@@ -130,6 +134,42 @@ def test_a_long_tmpdir_does_not_make_a_long_run_directory(tmp_path: Path, monkey
     supervisor = Supervisor()
     assert len(str(supervisor.directory)) < 40
     supervisor.finish()
+
+
+def test_a_run_directory_that_cannot_be_made_is_an_error_that_says_where_and_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    config = EngineConfig(model="m", device="cpu", launcher="local")
+
+    with pytest.raises(
+        EngineStartError, match=r": /proc/nanovllm-\w+ could not be made: No such file or directory; set TMPDIR$"
+    ):
+        Deployment(config)
+
+
+INTERRUPTED = """
+    import signal, sys, tempfile
+    from nanovllm_dist.launcher.supervisor import Supervisor
+    tempfile.tempdir = sys.argv[1]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for microseconds in [*range(10, 1500, 10), *range(1500, 40_000, 500)]:
+        supervisor = None
+        try:
+            signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+            supervisor = Supervisor()
+        except KeyboardInterrupt:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if supervisor is not None:
+            supervisor.finish()
+"""
+
+
+def test_an_interrupt_at_any_moment_of_the_start_leaves_no_directory() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(INTERRUPTED), parent], check=True)
+        wait_for(lambda: not os.listdir(parent))
 
 
 def test_finish_kills_the_watched_and_whoever_writes_into_the_directory(supervisor: Supervisor) -> None:
