@@ -1,13 +1,28 @@
-"""What can be told of a Ray cluster without Ray: whether it answers, and which processes it consists of here."""
+"""What can be told of Ray without importing it: whether a cluster answers, its processes here, whether one is ours."""
 
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import psutil
 
 _REACH_SECONDS = 10.0
+_private = threading.Event()
+
+
+def has_private_ray() -> bool:
+    """Whether an engine of this program has started a Ray for itself, which is then the only one it can reach."""
+    return _private.is_set()
+
+
+def note_private_ray(there: bool) -> None:
+    """Say whether there is one now."""
+    if there:
+        _private.set()
+    else:
+        _private.clear()
 
 
 def check_reachable(address: str) -> None:

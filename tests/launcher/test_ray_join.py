@@ -186,6 +186,44 @@ def test_a_launcher_that_is_killed_leaves_nothing_in_the_cluster(model: str, clu
         time.sleep(0.1)
 
 
+TWO_ENGINES = """
+import json, sys
+from nanovllm_dist import LLM, SamplingParams
+from nanovllm_dist.errors import EngineStartError
+
+options = json.loads(sys.argv[1])
+params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
+first = LLM(**options, launcher="ray")
+try:
+    second = LLM(**options, launcher="ray")
+except EngineStartError as error:
+    print(error)
+    second = LLM(**options)
+first.close()
+print(len(second.generate([[1, 2]], params, use_tqdm=False)[0].token_ids))
+second.close()
+"""
+
+
+def two_engines(model: str, environment: dict[str, str], **options: object) -> str:
+    """What a program prints that uses its second engine after closing its first."""
+    given = {"model": model, "load_format": "dummy", "num_blocks": 50, "threads_per_worker": 1, **options}
+    command = [sys.executable, "-c", TWO_ENGINES, json.dumps(given)]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_two_engines_of_a_program_share_its_connection_until_both_have_left(model: str, cluster: Cluster) -> None:
+    assert two_engines(model, cluster.environment, ray_address=cluster.address) == "4\n"
+    cluster.wait_until_free(2)
+
+
+def test_beside_an_engine_with_a_private_ray_another_takes_plain_processes(model: str) -> None:
+    refusal, tokens = two_engines(model, dict(os.environ)).splitlines()
+    assert "another engine of this program runs on a private Ray" in refusal
+    assert "use launcher=local" in refusal
+    assert tokens == "4"
+
+
 def test_an_address_without_a_cluster_is_an_error_at_once(model: str) -> None:
     started = time.monotonic()
     with pytest.raises(EngineStartError, match=r"Ray at 127\.0\.0\.1:1 cannot be joined.*refused"):
