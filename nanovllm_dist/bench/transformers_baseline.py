@@ -18,6 +18,7 @@ from nanovllm_dist.bench.json_process import JsonProcess
 from nanovllm_dist.bench.workloads import Workload
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.workers.platform import get_platform
+from nanovllm_dist.workers.platform.cpu import usable_cores
 
 BATCH_SIZE = 32
 TRANSFORMERS_WORKER = "nanovllm_dist.bench.transformers_worker"
@@ -65,7 +66,7 @@ class TransformersBaseline:
 def transformers_environment(config: EngineConfig) -> dict[str, str]:
     """This process's environment with the threads of a single rank of the engine, which wait as said above."""
     alone = config.replace(tensor_parallel_size=1, threads_per_worker=0)
-    environment = {**os.environ, **get_platform(config.device).worker_environment(alone)}
+    environment = {**os.environ, **get_platform(config.device).worker_environment(alone, usable_cores())}
     environment.pop(_WAITING, None)
     if _WAITING in os.environ:
         environment[_WAITING] = os.environ[_WAITING]

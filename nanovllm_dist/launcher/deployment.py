@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
@@ -145,11 +146,12 @@ class Deployment:
         self.processes.append(self._coordinator)
 
     def _start_workers(self, sites: list[Site], endpoint: str) -> None:
-        environment = self._platform.worker_environment(self.config)
-        spread = len({site.node for site in sites}) > 1
+        ranks_of = Counter(site.node for site in sites)
         for rank, site in enumerate(sites):
+            share = max(1, site.cores // ranks_of[site.node])
+            environment = self._platform.worker_environment(self.config, share)
             devices, index = device_environment(sites, rank, self._platform.visible_devices_env)
-            of_host = self._platform.host_environment(site.host) if spread else {}
+            of_host = self._platform.host_environment(site.host) if len(ranks_of) > 1 else {}
             spec = wire.WorkerSpec(
                 config=self.config.replace(model=self.backend.model_directory(self.config, rank)),
                 rank=rank,

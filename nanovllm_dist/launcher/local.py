@@ -10,6 +10,7 @@ from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
 from nanovllm_dist.launcher.sites import Site
 from nanovllm_dist.launcher.supervisor import Supervisor
+from nanovllm_dist.workers.platform.cpu import usable_cores
 
 LOOPBACK = "127.0.0.1"
 
@@ -34,7 +35,8 @@ class LocalBackend:
         devices = [str(index) for index in range(ranks)] if visible is None else [d for d in visible.split(",") if d]
         if len(devices) < ranks:
             raise ConfigError(f"tensor_parallel_size={ranks} needs more devices than {visible_env}={visible} shows")
-        return [Site(node="", host=LOOPBACK, device=devices[rank], with_launcher=True) for rank in range(ranks)]
+        cores = usable_cores()
+        return [Site("", LOOPBACK, devices[rank], with_launcher=True, cores=cores) for rank in range(ranks)]
 
     def model_directory(self, config: EngineConfig, rank: int) -> str:
         """The one that the launcher found."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import EngineStartError
-from nanovllm_dist.launcher.cluster_lookup import check_reachable, processes_of
+from nanovllm_dist.launcher import cluster_lookup
 from nanovllm_dist.launcher.model_copies import Copy, check_same, find_copy
 from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
 from nanovllm_dist.launcher.sites import Site, in_order
 from nanovllm_dist.launcher.supervisor import Supervisor
+from nanovllm_dist.workers.platform.cpu import usable_cores
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB, and no object of ours goes there
 _PLACEMENT_SECONDS = 60.0
@@ -33,6 +36,44 @@ _OWN_HOST = "127.0.0.1"
 _GONE = -9
 # Ray names the resources that it knows itself by an option of their own
 _RESOURCE_OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus"}
+
+
+class _Link:
+    """This program's one connection to Ray, as far as engines made it: the last of them to go ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._engines = 0
+
+    def join(self, connect: Callable[[], None], private: bool) -> bool:
+        """Share the connection, or make it by `connect`; whether `leave` is to be called in the end.
+
+        One that the program made itself is not ours to end. Raises EngineStartError beside an engine's private Ray.
+        """
+        with self._lock:
+            if not ray.is_initialized():
+                connect()
+                cluster_lookup.note_private_ray(private)
+            elif not self._engines:
+                return False
+            elif cluster_lookup.has_private_ray():
+                raise EngineStartError(
+                    "another engine of this program runs on a private Ray, which is for that engine alone, and Ray "
+                    "connects a program to one cluster: use launcher=local, or one ray_address for both"
+                )
+            self._engines += 1
+            return True
+
+    def leave(self) -> None:
+        """End the connection with the last engine that shares it."""
+        with self._lock:
+            self._engines -= 1
+            if not self._engines:
+                cluster_lookup.note_private_ray(False)
+                ray.shutdown()
+
+
+_link = _Link()
 
 
 class ProcessHost:
@@ -46,11 +87,11 @@ class ProcessHost:
         self._directory = Path(directory) if directory else None
         self._process: LocalProcess | None = None
 
-    def site(self, resource: str) -> tuple[str, str, str, int]:
-        """(node id, node address, device id, user id) of this actor."""
+    def site(self, resource: str) -> tuple[str, str, str, int, int]:
+        """(node id, node address, device id, user id, usable cores) of this actor."""
         context = ray.get_runtime_context()
         devices = context.get_accelerator_ids().get(resource) or [""]
-        return context.get_node_id(), ray.util.get_node_ip_address(), str(devices[0]), os.getuid()
+        return context.get_node_id(), ray.util.get_node_ip_address(), str(devices[0]), os.getuid(), usable_cores()
 
     def find_model(self, directory: str, source: str, hub: str, weights: bool) -> Copy:
         """The model on this node; see find_copy."""
@@ -131,7 +172,7 @@ class RayBackend:
         self._supervisor = supervisor
         self._thread = LongLivedThread()
         self._own_cluster = False
-        self._connected_here = False
+        self._linked = False
         self._group: Any = None
         self._actors: list[Any] = []
         self._sites: list[Site] = []
@@ -141,30 +182,36 @@ class RayBackend:
     def open(self, config: EngineConfig, resource: str, count: int) -> None:
         """Start a private Ray on this host, or join the one at `ray_address` (or the RAY_ADDRESS variable).
 
-        A program that has connected to Ray itself keeps its connection, and that cluster is used. A private Ray is told
-        of `count` devices where `resource` is none that Ray has an option for.
+        A program that has connected to Ray itself keeps its connection, and that cluster is used; so do other engines
+        of the program that joined one. A private Ray is told of `count` devices where `resource` is none that Ray has
+        an option for.
         """
-        if ray.is_initialized():
-            return
         address = config.ray_address or os.environ.get("RAY_ADDRESS", "")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # visible devices are set by us, explicitly
-        self._own_cluster = not address
         own = {} if resource in _RESOURCE_OPTIONS else {resource: float(count)}
         try:
-            self._thread.run(lambda: self._join(address) if address else self._start(config.tensor_parallel_size, own))
+            self._thread.run(lambda: self._connect(address, config.tensor_parallel_size, own))
+        except EngineStartError:
+            raise
         except (RayError, OSError, RuntimeError, ValueError) as error:
             what = f"Ray at {address} cannot be joined" if address else "Ray did not start"
             hint = "a cluster with tokens needs RAY_AUTH_MODE=token" if address else "launcher=local needs no Ray"
             raise EngineStartError(f"{what}: {error}; {hint}") from error
 
+    def _connect(self, address: str, ranks: int, own: dict[str, float]) -> None:
+        if address:
+            self._linked = _link.join(lambda: self._join(address), private=False)
+        else:
+            self._linked = _link.join(lambda: self._start(ranks, own), private=True)
+
     def _join(self, address: str) -> None:
-        check_reachable(address)
+        cluster_lookup.check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        self._connected_here = True
 
     def _start(self, ranks: int, resources: dict[str, float]) -> None:
         temp_dir = self._supervisor.directory / "r"
+        self._own_cluster = True
         # it would look for the devices' model name and write a traceback where it finds none; only numbers matter here
         logging.getLogger("ray._private.accelerators").setLevel(logging.CRITICAL)
         ray.init(
@@ -179,8 +226,7 @@ class RayBackend:
             _node_ip_address=_OWN_HOST,
             _system_config={"memory_monitor_refresh_ms": 0},  # it would kill a worker for other programs' memory
         )
-        self._connected_here = True
-        self._supervisor.watch(*processes_of(temp_dir))
+        self._supervisor.watch(*cluster_lookup.processes_of(temp_dir))
 
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
         """Reserve one unit of `resource` per rank and put an actor there. Raises EngineStartError."""
@@ -189,8 +235,8 @@ class RayBackend:
         answers = self._get([actor.site.remote(resource) for actor in actors])
         here = ray.get_runtime_context().get_node_id()
         found = [
-            Site(node, host, device, with_launcher=node == here and uid == os.getuid())
-            for node, host, device, uid in answers
+            Site(node, host, device, with_launcher=node == here and uid == os.getuid(), cores=cores)
+            for node, host, device, uid, cores in answers
         ]
         order = in_order(found)
         self._actors = [actors[index] for index in order]
@@ -281,8 +327,8 @@ class RayBackend:
     def _leave(self) -> None:
         if ray.is_initialized() and not self._own_cluster:
             self._release()
-        if self._connected_here:
-            ray.shutdown()
+        if self._linked:
+            _link.leave()
 
     def _release(self) -> None:
         actors = [actor for actor in (*self._actors, self._coordinator) if actor is not None]

@@ -14,12 +14,14 @@ class Site:
     """The place of one rank: `node` tells hosts apart, `host` is its address, `device` its id in the driver's terms.
 
     `with_launcher`: on the launcher's own host and user, so that ipc sockets in its run directory can be reached.
+    `cores`: of the host, for all ranks there.
     """
 
     node: str
     host: str
     device: str
     with_launcher: bool
+    cores: int
 
 
 class Backend(Protocol):

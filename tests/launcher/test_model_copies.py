@@ -66,7 +66,9 @@ class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: list[Any]) -> None:
         self.events: list[tuple[str, Any]] = []
         self.backend = ray_cluster.RayBackend(cast(Supervisor, None))
-        self.backend._sites = [Site(f"n{rank}", f"10.0.0.{rank}", "0", rank == 0) for rank in range(len(answers))]
+        self.backend._sites = [
+            Site(f"n{rank}", f"10.0.0.{rank}", "0", rank == 0, cores=1) for rank in range(len(answers))
+        ]
         self.backend._actors = [self._actor(answer) for answer in answers]
         monkeypatch.setattr(ray_cluster.ray, "get", self._get)
         monkeypatch.setattr(ray_cluster.ray.util, "get_node_ip_address", lambda: "10.0.0.0")

@@ -157,7 +157,7 @@ def test_a_variable_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ranks_are_numbered_host_by_host_and_see_the_devices_of_their_own() -> None:
     places = [("b", "10.0.0.2", "1"), ("a", "10.0.0.1", "10"), ("b", "10.0.0.2", "0"), ("a", "10.0.0.1", "9")]
-    sites = [Site(node, host, device, with_launcher=False) for node, host, device in places]
+    sites = [Site(node, host, device, with_launcher=False, cores=1) for node, host, device in places]
     order = in_order(sites)
     assert order == [3, 1, 2, 0]
     ranks = [sites[index] for index in order]

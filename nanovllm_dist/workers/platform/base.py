@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from nanovllm_dist.config import EngineConfig
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
     from nanovllm_dist.workers.graphs import Recorder
     from nanovllm_dist.workers.kv_cache import CacheLayout
     from nanovllm_dist.workers.transfers import Transfers
+
+
+_LONGER_SECONDS = 60.0
+_LONGEST_SECONDS = 7 * 86_400.0  # its milliseconds fit 32 bits
+
+
+def patience(config: EngineConfig) -> timedelta:
+    """How long a rank waits for others inside a step or between them, when they load at different speeds.
+
+    Longer than the coordinator, which knows more and is to give up first.
+    """
+    seconds = max(config.startup_timeout, config.step_timeout or _LONGEST_SECONDS) + _LONGER_SECONDS
+    return timedelta(seconds=min(seconds, _LONGEST_SECONDS))
 
 
 class DeviceSampler(Protocol):
@@ -101,8 +115,8 @@ class Platform(ABC):
             )
 
     @abstractmethod
-    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
-        """Environment variables that must be set before a worker process starts."""
+    def worker_environment(self, config: EngineConfig, cores: int) -> dict[str, str]:
+        """Environment variables that must be set before a worker process starts. `cores`: its share of its host's."""
 
     def host_environment(self, host: str) -> dict[str, str]:
         """The same, for workers of the host of that address where ranks are spread over several."""

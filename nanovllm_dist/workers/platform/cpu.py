@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
-from nanovllm_dist.workers.platform.base import DeviceSampler, Finding, Platform
+from nanovllm_dist.workers.platform.base import DeviceSampler, Finding, Platform, patience
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +30,6 @@ _WARM_UP_TOKENS = 16
 # A step is hundreds of parallel regions a few microseconds apart. Threads that sleep between them cost a wake-up
 # each time: 64 decodes of a 135M model on two cores took 297 ms asleep, 209 ms at 1,000 spins, 145 ms at this
 _SPIN_COUNT = "1000000"
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_LONGER_SECONDS = 60
 
 
 class CpuPlatform(Platform):
@@ -58,7 +54,7 @@ class CpuPlatform(Platform):
     @staticmethod
     def count_devices() -> int:
         """Cores: what Ray counts as well."""
-        return _usable_cores()
+        return usable_cores()
 
     def findings(self) -> list[Finding]:
         """Cores, and memory that is free."""
@@ -66,7 +62,7 @@ class CpuPlatform(Platform):
 
         memory = psutil.virtual_memory()
         return [
-            Finding("CPU", f"{_usable_cores()} cores"),
+            Finding("CPU", f"{usable_cores()} cores"),
             Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
         ]
 
@@ -78,9 +74,9 @@ class CpuPlatform(Platform):
                 f"weight_format=int8 is for dtype=bfloat16, not {config.dtype}: set dtype=bfloat16 or leave it out"
             )
 
-    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
+    def worker_environment(self, config: EngineConfig, cores: int) -> dict[str, str]:
         """Each rank's share of the cores, and how long its threads wait for each other awake."""
-        threads = config.threads_per_worker or max(1, _usable_cores() // config.tensor_parallel_size)
+        threads = config.threads_per_worker or cores
         return {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
@@ -107,10 +103,9 @@ class CpuPlatform(Platform):
         from nanovllm_dist.workers.platform.cpu_group import open_group
 
         world_size = config.tensor_parallel_size
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
-        # the coordinator, which knows more, is to give up first; ranks may load at different speeds too
-        patience = max(config.startup_timeout, config.step_timeout or math.inf) + _LONGER_SECONDS
-        return open_group(store, patience)
+        timeout = patience(config)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return open_group(store, timeout.total_seconds())
 
     def layer_kernels(
         self, config: EngineConfig, model: ModelConfig, comm: Communicator, dtype: torch.dtype
@@ -168,7 +163,8 @@ class CpuPlatform(Platform):
         """Nothing is queued on a CPU."""
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores of this host that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

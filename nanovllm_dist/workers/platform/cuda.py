@@ -7,13 +7,12 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
-from nanovllm_dist.workers.platform.base import DeviceSampler, Finding, Platform
+from nanovllm_dist.workers.platform.base import DeviceSampler, Finding, Platform, patience
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from nanovllm_dist.workers.graphs import Recorder
     from nanovllm_dist.workers.transfers import Transfers
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 _LARGEST_HEAD = 256
 
@@ -78,7 +76,7 @@ class CudaPlatform(Platform):
                 "device=cpu takes any"
             )
 
-    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
+    def worker_environment(self, config: EngineConfig, cores: int) -> dict[str, str]:
         """One thread for torch's own CPU work; no multicast, which some hosts' switches do not survive."""
         threads = str(config.threads_per_worker or 1)
         nvls = os.environ.get("NCCL_NVLS_ENABLE", "0")
@@ -119,7 +117,7 @@ class CudaPlatform(Platform):
         device = torch.device("cuda", torch.cuda.current_device())
         world_size = config.tensor_parallel_size
         dist.init_process_group(
-            "nccl", store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT, device_id=device
+            "nccl", store=store, rank=rank, world_size=world_size, timeout=patience(config), device_id=device
         )
         return open_communicator(device)
 

@@ -65,7 +65,7 @@ class NpuPlatform(Platform):
         super().check(config, model)
         npu_limits.check(config, model)
 
-    def worker_environment(self, config: EngineConfig) -> dict[str, str]:
+    def worker_environment(self, config: EngineConfig, cores: int) -> dict[str, str]:
         """HCCL's, torch_npu's and OpenMP's."""
         return npu_environment.worker_environment(config)
 
