@@ -134,6 +134,7 @@ class Coordinator:
             self._clock.idle(time.process_time())
             if self._trace is not None:
                 self._trace.idle()
+            self._last_step = time.monotonic()  # who has nothing to do is not late
         planned = time.monotonic()
         while (plan := self._scheduler.schedule(planned)) is not None:
             message = plan.to_message(_EPOCH)

@@ -38,6 +38,8 @@ from nanovllm_dist.workers.transfers import Array
 _LOGIT_ROWS = 256
 # Filters sort whole rows: at 151,936 tokens this many take some 300 MB
 _SPECIAL_ROWS = 32
+# Prompts that come again may have this many blocks, should memory hold them: of a tiny model it would hold millions
+_CACHED_BLOCKS = 2**18
 
 
 class _Decodes(NamedTuple):
@@ -101,8 +103,10 @@ class ModelRunner:
         config = self.config
         self._compiled()
         self._profile()
-        # rows of the longest length fill this many blocks; more could never be used
+        # rows of the longest length fill this many blocks; more are of use only for prompts that come again
         most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size) + 1
+        if config.enable_prefix_caching:
+            most_useful = max(most_useful, _CACHED_BLOCKS)
         if config.num_blocks:
             return config.num_blocks
         cache_bytes = self._platform.cache_bytes(config)

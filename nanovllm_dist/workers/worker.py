@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -137,9 +138,14 @@ class Worker:
             self._send(wire.WorkerHello(spec.rank, os.getpid()))
             return None
         if spec.rank == 0:
-            store = TCPStore(spec.host, 0, world_size, is_master=True, wait_for_workers=False)
-            self._send(wire.WorkerHello(0, os.getpid(), f"{spec.host}:{store.port}"))
-            return store
+            # given no socket, the store would listen on every interface, and it asks nobody for a key
+            family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+            listener = socket.create_server((spec.host, 0), family=family)
+            port = listener.getsockname()[1]
+            self._send(wire.WorkerHello(0, os.getpid(), f"{spec.host}:{port}"))
+            return TCPStore(
+                spec.host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
         self._send(wire.WorkerHello(spec.rank, os.getpid()))
         host, _colon, port = self._expect(wire.Rendezvous).address.rpartition(":")
         return TCPStore(host, int(port), world_size, is_master=False)

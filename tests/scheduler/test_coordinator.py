@@ -358,6 +358,17 @@ def test_a_sink_that_breaks_the_connection_ends_every_other_request(engine: Engi
     assert isinstance(connection.error, EngineDeadError)
 
 
+def test_time_without_requests_is_not_time_without_a_step(engine: Engine) -> None:
+    connection = engine.connect()
+    submit(connection, [1], max_tokens=2)[1].wait()
+    time.sleep(1.0)
+
+    submit(connection, [1], max_tokens=50)
+    stats = connection.stats()
+
+    assert stats.seconds_since_step < 0.9
+
+
 def test_an_address_where_nothing_answers_is_an_error_within_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(EngineConnectError, match="does not exist"):
         Connection(f"ipc://{tmp_path}/nobody")
