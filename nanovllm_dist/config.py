@@ -87,7 +87,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _require(0.0 < self.memory_utilization <= 1.0, "memory_utilization", self.memory_utilization, "in (0, 1]")
         _require(self.max_steps_in_flight <= 2, "max_steps_in_flight", self.max_steps_in_flight, "1 or 2")
         _require(0 <= self.port < 65536, "port", self.port, "between 0 and 65535")
-        _require(self.startup_timeout > 0, "startup_timeout", self.startup_timeout, "positive seconds")
+        _require(0 < self.startup_timeout < math.inf, "startup_timeout", self.startup_timeout, "positive seconds")
         _require(0 <= self.step_timeout < math.inf, "step_timeout", self.step_timeout, "0 (none) or positive seconds")
         _require(self.max_model_len != 1, "max_model_len", 1, "0 (the model's) or at least 2: a prompt and an answer")
         least = self.least_blocks

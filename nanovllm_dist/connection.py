@@ -42,7 +42,10 @@ _CLOSE_SECONDS = 10.0
 
 
 class Sink(Protocol):
-    """Who is told of one request's progress, on the connection's thread: be quick, and never block."""
+    """Who is told of one request's progress, on the connection's thread: be quick, and never block.
+
+    Only where the thread has left, or is held by a sink that does block, does `close` tell the end from its own.
+    """
 
     def on_token(self, token: int, logprobs: wire.TokenLogprobs | None) -> None:
         """A new token."""
@@ -64,7 +67,6 @@ class Connection:
         self.address = address
         self._status: wire.EngineStatus | None = None
         self._status_changed = threading.Condition()
-        self._on_status: Callable[[wire.EngineStatus], None] | None = None
         self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
         self._outgoing: deque[bytes] = deque()
@@ -76,12 +78,21 @@ class Connection:
         self._last_heard = time.monotonic()
         self._unreported = 0  # bytes read that the engine has not been told of
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._channel = Channel(self._context, address, wire.RESULT_FRAME_LIMIT, _read_keys(address, key_file))
+        self._channel = self._open_channel(_read_keys(address, key_file))
         self._wakeup = Wakeup(self._context)
         self._thread = threading.Thread(target=self._run, name="nanovllm-connection", daemon=True)
         self._thread.start()
         self._send(wire.Hello())
         self._wait_for_first_status(timeout)
+
+    def _open_channel(self, keys: wire.Keys | None) -> Channel:
+        try:
+            return Channel(self._context, self.address, wire.RESULT_FRAME_LIMIT, keys)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise EngineConnectError(
+                f"{self.address}: {error}: an address is tcp://HOST:PORT, and its key file the engine's own"
+            ) from None
 
     def _wait_for_first_status(self, timeout: float) -> None:
         with self._status_changed:
@@ -205,20 +216,14 @@ class Connection:
         self._last_heard = now
 
     def fail(self, error: NanoVLLMError) -> None:
-        """End every request with `error`; the connection is of no more use."""
+        """The connection is of no more use, and its thread ends every request with `error`."""
         with self._lock:
             if self._error is not None:
                 return
             self._error = error
-            sinks, self._sinks = list(self._sinks.values()), {}
-            unanswered: list[Future[Any]] = [*self._stats, *self._traces]
-            self._stats, self._traces = deque(), deque()
         with self._status_changed:
             self._status_changed.notify_all()
-        for sink in sinks:
-            sink.on_error(error)
-        for future in unanswered:
-            _settle(future, error)
+        self._wakeup.ring()
 
     def close(self) -> None:
         """Disconnect; requests still running end with EngineDeadError here and `abort` there. Twice is fine."""
@@ -233,6 +238,7 @@ class Connection:
         if self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_SECONDS)  # it may be held by a sink that blocks, and its engine must be stopped
         self.fail(EngineDeadError("the connection was closed"))
+        self._end_if_failed()
 
     # --- the thread ----------------------------------------------------------------------------------------
 
@@ -259,16 +265,34 @@ class Connection:
                         self._receive(frame)
                         self._report_read(len(frame))
                         self._flush()
+                        self._end_if_failed()
                 self._watch()
+                self._end_if_failed()
             self._flush()
         except NanoVLLMError as error:
             self.fail(error)
         except Exception as error:  # a caller must not wait for a thread that is gone
             self.fail(EngineDeadError(f"the connection broke: {type(error).__name__}: {error}"))
         finally:
-            self._channel.close()
-            self._wakeup.close()
-            self._context.term()
+            try:
+                self._end_if_failed()
+            finally:
+                self._channel.close()
+                self._wakeup.close()
+                self._context.term()
+
+    def _end_if_failed(self) -> None:
+        """Once there is an error, hand it to whoever still waits."""
+        if self._error is None:
+            return
+        with self._lock:
+            sinks, self._sinks = list(self._sinks.values()), {}
+            unanswered: list[Future[Any]] = [*self._stats, *self._traces]
+            self._stats, self._traces = deque(), deque()
+        for sink in sinks:
+            sink.on_error(self._error)
+        for future in unanswered:
+            _settle(future, self._error)
 
     def _flush(self) -> None:
         while self._outgoing:
@@ -386,11 +410,6 @@ def _read_keys(address: str, key_file: str | Path | None) -> wire.Keys | None:
         )
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return wire.Keys(
-            server_public=content["server_public"],
-            server_secret="",
-            client_public=content["client_public"],
-            client_secret=content["client_secret"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return msgspec.convert({**content, "server_secret": ""}, wire.Keys)
+    except (OSError, ValueError, TypeError) as error:  # msgspec's are ValueErrors
         raise EngineConnectError(f"key file {path}: {type(error).__name__}: {error}") from None

@@ -32,6 +32,8 @@ def read_jobs(invocation: Invocation) -> list[Job]:
     mode = invocation.mode
     if mode.output and not Path(mode.output).absolute().parent.is_dir():
         raise ConfigError(f"--output {mode.output}: there is no such directory")
+    if mode.output and Path(mode.output).is_dir():
+        raise ConfigError(f"--output {mode.output}: it is a directory, and answers go into a file")
     if mode.output and Path(f"{mode.output}.part").exists():
         raise ConfigError(
             f"--output {mode.output}: {mode.output}.part is there, the answers of a run that was interrupted: move or "

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from nanovllm_dist.batch_run import OnOutput
 from nanovllm_dist.client import DistLLM
-from nanovllm_dist.errors import NanoVLLMError
+from nanovllm_dist.errors import ConfigError, NanoVLLMError
 from nanovllm_dist.launcher.engine import Engine
 from nanovllm_dist.launcher.invocation import Mode
 from nanovllm_dist.launcher.jobs import Job
@@ -131,7 +131,10 @@ def _writer(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     partial = Path(f"{path}.part")
-    file = partial.open("w", encoding="utf-8")
+    try:
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: {error}") from None
     try:
         with file:
             yield file

@@ -6,12 +6,14 @@ Free of torch, so that the launcher and the coordinator can read it. It does not
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanovllm_dist.errors import ModelNotFoundError, UnsupportedModelError
 
+_T = TypeVar("_T", list[Any], dict[str, Any])
 _IGNORED_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _REQUIRED_ROPE_KEYS = {
     "default": (),
@@ -74,8 +76,8 @@ def read_model_config(model_dir: str | Path, overrides: dict[str, Any] | None = 
 
 def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
     """The typed form of config.json's and generation_config.json's content. Raises UnsupportedModelError."""
-    architectures = raw.get("architectures") or []
-    if len(architectures) != 1:
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
         raise UnsupportedModelError(f"config.json: architectures={architectures!r}: expected exactly one name")
     architecture = str(architectures[0])
     _refuse_unsupported(raw)
@@ -104,7 +106,7 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=_integer(raw, "vocab_size"),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
         rope=_rope(raw, max_positions),
         max_position_embeddings=max_positions,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -122,7 +124,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"config.json: hidden_act={activation!r} is not supported, only 'silu'")
     if raw.get("use_sliding_window"):
         raise UnsupportedModelError("config.json: use_sliding_window=true is not supported")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+    if any(kind != "full_attention" for kind in _of_type(raw, "layer_types", list) or []):
         raise UnsupportedModelError("config.json: layer_types other than full_attention are not supported")
     if raw.get("quantization_config"):
         raise UnsupportedModelError("config.json: quantization_config: quantized checkpoints are not supported")
@@ -130,7 +132,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling
-    block = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    block = {**(_of_type(raw, "rope_scaling", dict) or {}), **(_of_type(raw, "rope_parameters", dict) or {})}
     kind = str(block.get("rope_type") or block.get("type") or "default")
     if kind not in _REQUIRED_ROPE_KEYS:
         raise UnsupportedModelError(
@@ -138,9 +140,9 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
         )
     if "mrope_section" in block or any(isinstance(value, dict) for value in block.values()):
         raise UnsupportedModelError("config.json: RoPE by sections or by layer type is not supported")
-    if float(block.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    if _positive(block, "partial_rotary_factor", _positive(raw, "partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModelError("config.json: partial_rotary_factor other than 1 is not supported")
-    theta = float(block.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    theta = _positive(block, "rope_theta", _positive(raw, "rope_theta", 10000.0))
     params = {key: value for key, value in block.items() if key not in _IGNORED_ROPE_KEYS}
     if kind in ("llama3", "yarn"):
         trained_length = raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
@@ -148,8 +150,10 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
     if kind == "yarn" and "factor" in params and params["factor"] is None:
         params["factor"] = max_positions / params["original_max_position_embeddings"]
     for key in (*_REQUIRED_ROPE_KEYS[kind], *(key for key in _OPTIONAL_ROPE_NUMBERS if params.get(key) is not None)):
-        if isinstance(params.get(key), bool) or not isinstance(params.get(key), int | float) or params[key] <= 0:
+        if not _is_positive(params.get(key)):
             raise UnsupportedModelError(f"config.json: RoPE {kind} needs a positive {key}, not {params.get(key)!r}")
+    if kind == "llama3" and params["low_freq_factor"] >= params["high_freq_factor"]:
+        raise UnsupportedModelError("config.json: RoPE llama3 needs a low_freq_factor below its high_freq_factor")
     return RopeConfig(kind, theta, params)
 
 
@@ -159,9 +163,31 @@ def _eos(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
         if source is None:
             continue
         for token in source if isinstance(source, list) else [source]:
-            if int(token) not in ids:
-                ids.append(int(token))
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise UnsupportedModelError(f"config.json or generation_config.json: eos_token_id={source!r} is no id")
+            if token not in ids:
+                ids.append(token)
     return tuple(ids)
+
+
+def _of_type(raw: dict[str, Any], key: str, kind: type[_T]) -> _T | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise UnsupportedModelError(f"config.json: {key}={value!r} is no JSON {'list' if kind is list else 'object'}")
+    return value
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _positive(raw: dict[str, Any], key: str, default: float) -> float:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if not _is_positive(value):
+        raise UnsupportedModelError(f"config.json: {key}={value!r} is not a positive number")
+    return float(value)
 
 
 def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from scripted_engine import TIMES, RecordingSink, ScriptedEngine
 
 from nanovllm_dist import connection as connection_module
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import EngineDeadError, InvalidRequestError
+from nanovllm_dist.errors import EngineConnectError, EngineDeadError, InvalidRequestError
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.wire import messages as wire
 
@@ -110,6 +112,46 @@ def test_close_does_not_wait_for_ever_for_a_listener_that_never_returns(
 
     assert isinstance(other.ends[0], EngineDeadError)
     stuck.hold.set()  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(30)
+def test_an_end_that_another_thread_knows_of_is_told_by_the_thread_that_tells_all_else(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor
+) -> None:
+    client, connection = connect(engine, aside)
+    held, other = RecordingSink(hold=threading.Event()), RecordingSink()
+    held_id, _ = submit(connection, held), submit(connection, other)
+    engine.send(client, finished(held_id))
+    assert held.told.wait(10)
+
+    connection.fail(EngineDeadError("worker-0 is gone"))
+
+    assert not other.told.wait(0.2)  # two answers of one request would be told their ends at once
+    held.hold.set()  # type: ignore[union-attr]
+    assert other.done.wait(10)
+    assert str(other.ends[0]) == "worker-0 is gone"
+    assert len(held.ends) == len(other.ends) == 1
+
+
+KEYS = {"server_public": "k" * 40, "client_public": "k" * 40, "client_secret": "k" * 40}
+
+
+@pytest.mark.parametrize(
+    ("address", "keys", "message"),
+    [
+        ("tcp://localhost", KEYS, "tcp://HOST:PORT"),
+        ("tcp://no such host:12", KEYS, "tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:1", {**KEYS, "client_public": "short"}, "its key file"),
+        ("tcp://127.0.0.1:1", {**KEYS, "client_public": 7}, r"key file .*client_public"),
+        ("tcp://127.0.0.1:1", {"server_public": "k" * 40}, r"key file .*client_public"),
+        ("tcp://127.0.0.1:1", [1], "key file"),
+    ],
+    ids=str,
+)
+def test_a_bad_address_or_key_file_is_a_connect_error(tmp_path: Path, address: str, keys: object, message: str) -> None:
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    with pytest.raises(EngineConnectError, match=message):
+        Connection(address, tmp_path / "keys.json", timeout=1.0)
 
 
 @pytest.mark.parametrize(

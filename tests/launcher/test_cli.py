@@ -169,6 +169,7 @@ def test_a_bad_config_file_is_an_error_that_says_what(tmp_path: Path, text: str,
         (["--model", "m", "--num-blocks", "2", "--block-size", "1"], "at least 3"),
         (["--model", "m", "--max-model-len", "1"], "max_model_len=1"),
         (["--model", "m", "--step-timeout", "-1"], "step_timeout=-1.0"),
+        (["--model", "m", "--startup-timeout", "inf"], "startup_timeout=inf"),
         (["--model", "m", "--launcher", "local", "--ray-address", "h:1"], "drop one of them"),
         (["--model", "m", "--prompts-file", "/nonexistent.jsonl"], "/nonexistent.jsonl"),
     ],
@@ -253,6 +254,11 @@ def test_only_newlines_end_a_line(tmp_path: Path, character: str) -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NanoVLLMError, match="is empty"):
         jobs_of(tmp_path, "\n\n")
+
+
+def test_an_output_that_is_a_directory_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it is a directory"):
+        jobs_of(tmp_path, {"prompt": "a"}, output=str(tmp_path))
 
 
 def test_an_output_in_no_directory_is_refused_before_anything_runs(tmp_path: Path) -> None:
