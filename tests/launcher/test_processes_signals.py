@@ -10,12 +10,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_sandbox import LAUNCHERS, SMALL, Command, Sandbox, model, sandbox
+from engine_sandbox import LAUNCHERS, SMALL, Command, Sandbox, model, sandbox, wait_for
 
 from nanovllm_dist.config import EngineConfig
 
@@ -64,16 +63,18 @@ def test_ctrl_c_while_ray_starts(model: str, sandbox: Sandbox, tmp_path: Path) -
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_sigterm_while_it_generates(model: str, sandbox: Sandbox, tmp_path: Path, launcher: str) -> None:
-    endless = {"prompt": [1, 2, 3], "max_tokens": 4000, "ignore_eos": True, "detokenize": False}
-    (tmp_path / "prompts.jsonl").write_text(json.dumps(endless) + "\n")
-    command = Command(tmp_path, model, launcher, "--prompts-file", str(tmp_path / "prompts.jsonl"))
-    command.wait_for_output("measuring memory")
-    time.sleep(2.0)
+    common = {"prompt": [1, 2, 3], "ignore_eos": True, "detokenize": False}
+    lines = [json.dumps({**common, "id": name, "max_tokens": n}) for name, n in [("short", 3), ("endless", 4000)]]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    command = Command(tmp_path, model, launcher, "--prompts-file", str(tmp_path / "in.jsonl"), "--output", str(out))
+    wait_for(lambda: (partial.exists() and "\n" in partial.read_text()) or command.process.poll() is not None)
 
     command.process.send_signal(signal.SIGTERM)
 
     assert command.process.wait(30) == 130, command.err.read_text()
     assert "Traceback" not in command.err.read_text()
+    assert [json.loads(line)["id"] for line in partial.read_text().splitlines()] == ["short"]
     sandbox.assert_empty()
 
 

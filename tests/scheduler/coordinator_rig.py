@@ -140,6 +140,21 @@ class Engine:
         connection.wait_ready(10)
         return connection
 
+    def forget_clients(self) -> None:
+        """Know no client any more, as after reconnects, which come with new identities. Between two turns of the
+        coordinator's loop: what it sends in one, it counts after the client may have read it."""
+        forgotten = threading.Event()
+        turn = self.coordinator._turn
+
+        def forget_first(woke: float) -> None:
+            self.coordinator._turn = turn  # type: ignore[method-assign]
+            self.coordinator._clients._unread.clear()
+            forgotten.set()
+            turn(woke)
+
+        self.coordinator._turn = forget_first  # type: ignore[method-assign]
+        assert forgotten.wait(10), "the coordinator's loop stands still"
+
     def stop(self) -> None:
         for connection in self.connections:
             connection.close()

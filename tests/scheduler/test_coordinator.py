@@ -338,7 +338,7 @@ def test_a_client_whose_connection_was_lost_and_renewed_is_told(
     monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.2)
     engine = Engine(tmp_path)
     connection = engine.connect()
-    engine.coordinator._clients._unread.clear()  # as after a reconnect, which comes with a new identity
+    engine.forget_clients()
     connection._sinks[7] = sink = Sink()
     end = sink.wait()
     assert isinstance(end, EngineDeadError)
@@ -346,16 +346,22 @@ def test_a_client_whose_connection_was_lost_and_renewed_is_told(
     engine.stop()
 
 
-def test_a_sink_that_breaks_the_connection_ends_every_other_request(engine: Engine) -> None:
+def test_a_sink_that_breaks_the_connection_ends_every_request_with_what_it_raised(tmp_path: Path) -> None:
     class Broken(Sink):
         def on_token(self, token: int, logprobs: wire.TokenLogprobs | None) -> None:
             raise ValueError("a bug of the caller")
 
-    connection, other = engine.connect(), Sink()
-    connection.submit(connection.next_id(), wire.pack_ints([1]), SamplingParams(max_tokens=None), other)
-    connection.submit(connection.next_id(), wire.pack_ints([2]), SamplingParams(max_tokens=50), Broken())
-    assert isinstance(other.wait(), EngineDeadError | wire.Finished)
-    assert isinstance(connection.error, EngineDeadError)
+    engine = Engine(tmp_path, step_seconds=0.05)  # so the other one's 63 tokens take three seconds
+    connection, broken = engine.connect(), Broken()
+    _, other = submit(connection, [1], max_tokens=None)
+    connection.submit(connection.next_id(), wire.pack_ints([2]), SamplingParams(), broken)
+
+    end = other.wait()
+
+    assert isinstance(end, EngineDeadError)
+    assert str(end) == "the connection broke: ValueError: a bug of the caller"
+    assert (other.ends, broken.ends, connection.error) == ([end], [end], end)
+    engine.stop()
 
 
 def test_time_without_requests_is_not_time_without_a_step(engine: Engine) -> None:

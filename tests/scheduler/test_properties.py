@@ -100,7 +100,15 @@ def test_first_come_first_served_starts_requests_in_order_and_starves_nobody(
     engine: dict[str, object], work: list[dict[str, object]]
 ) -> None:
     simulation = Simulation(**(engine | {"scheduling_policy": "fcfs"}))  # type: ignore[arg-type]
-    requests = [simulation.add(item["prompt"], max_tokens=item["max_tokens"], ignore_eos=True) for item in work]  # type: ignore[arg-type]
+    requests = [
+        simulation.add(
+            item["prompt"],  # type: ignore[arg-type]
+            priority=item["priority"],  # type: ignore[arg-type]
+            max_tokens=item["max_tokens"],
+            ignore_eos=True,
+        )
+        for item in work
+    ]
     oldest, preemptions, standing = None, 0, 0
     while simulation.scheduler.has_unfinished:
         now_oldest = min(simulation.scheduler.requests(), key=lambda request: request.order)

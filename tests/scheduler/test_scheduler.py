@@ -27,16 +27,16 @@ def test_prefill_chunks_and_decodes_share_one_step_under_the_budget() -> None:
 
 
 def test_a_long_prefill_leaves_every_other_running_request_its_token() -> None:
-    simulation = Simulation(max_num_batched_tokens=8, max_num_seqs=4)
-    simulation.add(list(range(30)), ignore_eos=True)
+    simulation = Simulation(max_num_batched_tokens=8, scheduling_policy="priority")
     for _ in range(2):
         simulation.add([1, 2], ignore_eos=True)
-    counts = []
-    for _ in range(4):
+    simulation.step()
+    simulation.add(list(range(30)), priority=-1, ignore_eos=True)  # takes its share before theirs
+
+    for _ in range(5):
         simulation.step()
-        counts.append(sorted(row.num_tokens for row in simulation.plans[-1].rows))
-    assert counts[0] == [8]
-    assert all(sum(step) <= 8 for step in counts)
+
+    assert [[row.num_tokens for row in plan.rows] for plan in simulation.plans[1:]] == [[1, 1, 6]] * 5
 
 
 def test_prefill_chunk_size_caps_each_chunk() -> None:
@@ -102,11 +102,23 @@ def test_the_least_recently_used_prefix_is_evicted_first_and_its_end_before_its_
     simulation.run()
     simulation.add(list(range(20, 32)), max_tokens=1)
     simulation.run()
-    simulation.add(list(range(40, 50)), max_tokens=1)  # takes the two never cached, then the end of the oldest
+    simulation.add(list(range(40, 50)), max_tokens=1)  # takes the two never used, then the end of the oldest
     simulation.run()
     simulation.add(list(range(12)), max_tokens=1)
     simulation.plan()
     assert simulation.plans[-1].rows[0].request.num_cached == 8
+
+
+def test_a_block_that_gave_the_cache_nothing_is_reused_before_any_that_did() -> None:
+    simulation = Simulation(num_blocks=5)  # 4 blocks of 4
+    simulation.add(list(range(12)), max_tokens=1)
+    simulation.run()
+    for _ in range(2):
+        simulation.add([40, 41], max_tokens=1)  # too short to be cached: its block is the next one's, the fourth
+        simulation.run()
+    again = simulation.add(list(range(12)), max_tokens=1)
+    simulation.plan()
+    assert again.num_cached == 12
 
 
 def test_when_blocks_run_out_the_last_to_come_is_preempted_and_nothing_is_lost() -> None:
@@ -117,6 +129,23 @@ def test_when_blocks_run_out_the_last_to_come_is_preempted_and_nothing_is_lost()
     assert (first.num_preemptions, second.num_preemptions > 0) == (0, True)
     for prompt, request in zip(prompts, (first, second), strict=True):
         assert simulation.output(request) == expected_output(prompt, GREEDY, len(prompt) + 20)
+
+
+def test_an_admission_leaves_those_already_running_a_hundredth_of_the_cache_to_grow_into() -> None:
+    simulation = Simulation(num_blocks=101, max_model_len=400)  # 100 blocks of 4
+    running = simulation.add([1, 2, 3], max_tokens=8, ignore_eos=True)
+    simulation.step()
+    filling = simulation.add([5] * 4 * 99, max_tokens=2, ignore_eos=True)  # all but the one block that `running` has
+    simulation.run()
+    assert (running.num_preemptions, filling.num_preemptions) == (0, 0)
+    assert filling.first_scheduled > running.first_scheduled + 7
+
+
+def test_a_request_that_runs_alone_may_have_the_whole_cache() -> None:
+    simulation = Simulation(num_blocks=101, max_model_len=400)
+    request = simulation.add([5] * 399, max_tokens=1, ignore_eos=True)
+    simulation.run()
+    assert request.finish_reason == "length"
 
 
 def test_a_lone_request_that_outgrows_the_cache_ends_with_length() -> None:

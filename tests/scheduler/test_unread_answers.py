@@ -192,7 +192,7 @@ def test_a_client_whose_connection_was_renewed_while_it_asked_nothing_goes_on(
 ) -> None:
     connection = engine.connect()
     monkeypatch.setattr("nanovllm_dist.connection._PROBE_AFTER_SECONDS", 0.1)
-    engine.coordinator._clients._unread.clear()  # as after a reconnect, which comes with a new identity
+    engine.forget_clients()
     time.sleep(0.2)
     if by_counters:
         assert connection.stats().running == 0

@@ -10,7 +10,7 @@ import pytest
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
 from nanovllm_dist.models.config import read_model_config
-from nanovllm_dist.workers.platform import cuda, get_platform, npu
+from nanovllm_dist.workers.platform import cpu, cuda, get_platform, npu
 from nanovllm_dist.workers.platform.base import Platform
 
 
@@ -80,6 +80,15 @@ def test_a_cache_on_the_cpu_takes_at_most_a_gibibyte_or_as_much_as_the_process(t
     config = EngineConfig(model=str(tiny_model), device="cpu")
     alone = get_platform("cpu").cache_bytes(config)
     assert 0 < alone <= max(2**30, 2 * psutil.Process().memory_info().rss)
-    shared = get_platform("cpu").cache_bytes(config.replace(tensor_parallel_size=2))
-    assert shared <= alone
     assert get_platform("cpu").cache_bytes(config.replace(kv_cache_memory=12345)) == 12345
+
+
+@pytest.mark.parametrize("free", [2**30, 2**50], ids=["a quarter of little memory", "the most of plenty"])
+def test_ranks_on_the_cpu_share_what_one_would_take(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(cpu, "SMALL_CACHE_BYTES", 2**40)  # more than this process takes
+    monkeypatch.setattr(cpu, "_available_memory", lambda: free)
+    config = EngineConfig(model=str(tiny_model), device="cpu")
+    alone, *shared = (get_platform("cpu").cache_bytes(config.replace(tensor_parallel_size=n)) for n in (1, 2, 4))
+    assert shared == [alone // 2, alone // 4]
