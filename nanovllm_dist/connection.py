@@ -64,7 +64,6 @@ class Connection:
         self.address = address
         self._status: wire.EngineStatus | None = None
         self._status_changed = threading.Condition()
-        self._on_status: Callable[[wire.EngineStatus], None] | None = None
         self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
         self._outgoing: deque[bytes] = deque()
