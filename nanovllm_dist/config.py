@@ -1,7 +1,7 @@
 """EngineConfig: every option of an engine, frozen, validated once, passed explicitly to whoever needs it.
 
 Zero (or an empty string) means "chosen for the device and the model"; `launcher.resolve` fills those in before
-any process starts, and what processes receive is complete. This module knows no device and no model.
+any process starts, but for what a worker finds out on its host. This module knows no device and no model.
 """
 
 from __future__ import annotations
