@@ -1,7 +1,7 @@
 """EngineConfig: every option of an engine, frozen, validated once, passed explicitly to whoever needs it.
 
 Zero (or an empty string) means "chosen for the device and the model"; `launcher.resolve` fills those in before
-any process starts, and what processes receive is complete. This module knows no device and no model.
+any process starts, but for what a worker finds out on its host. This module knows no device and no model.
 """
 
 from __future__ import annotations
@@ -125,13 +125,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """A copy with some fields changed, validated again."""
         return msgspec.structs.replace(self, **changes)
 
-    def to_json(self) -> str:
-        """The form in which a launcher hands the config to its processes."""
-        return msgspec.json.encode(self).decode()
-
     @classmethod
     def from_json(cls, text: str) -> EngineConfig:
-        """The inverse of `to_json`. Raises ConfigError."""
+        """The config that a JSON object of options describes. Raises ConfigError."""
         try:
             return msgspec.json.decode(text, type=cls)
         except msgspec.MsgspecError as error:

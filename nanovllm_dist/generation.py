@@ -176,7 +176,7 @@ class _Answer:
         """The end. A stop string found here counts before whatever the engine ended with meanwhile."""
         completion = self._completion
         if completion.finish_reason is None:
-            self._flush_text(finished)
+            self._flush_text()
         if completion.finish_reason is None:
             completion.finish_reason = finished.reason
             completion.stop_reason = finished.stop_token
@@ -197,7 +197,7 @@ class _Answer:
         self._generation.error = self._generation.error or error
         self._generation.updated(self)
 
-    def _flush_text(self, finished: wire.Finished) -> None:
+    def _flush_text(self) -> None:
         if self._detokenizer is not None:
             self._add_text(self._detokenizer.flush())
             if self._stop is not None and self._completion.finish_reason is None:

@@ -12,7 +12,7 @@ import msgspec
 from nanovllm_dist.bench.distribution import Distribution, median
 from nanovllm_dist.bench.engine_run import EngineCounters, counted, sampling_params, token_arrivals
 from nanovllm_dist.bench.environment import Environment, describe_environment
-from nanovllm_dist.bench.roofline import Hardware, Limit, limit
+from nanovllm_dist.bench.roofline import Hardware, Limit
 from nanovllm_dist.bench.session import EngineSummary, WorkloadSummary, open_session, workload_summary
 from nanovllm_dist.bench.workloads import Workload
 from nanovllm_dist.client import DistLLM
@@ -66,17 +66,7 @@ def measure_latency(
         engine = session.engine_summary(llm.info)
     rates = [(len(times) - 2) / (times[-1] - times[1]) for times in timelines if len(times) > 2]
     decode = median(rates) if rates else None
-    bound = None
-    if settings.hardware is not None:
-        bound = limit(
-            session.model,
-            workload,
-            settings.hardware,
-            tp=engine.tensor_parallel_size,
-            max_num_seqs=1,
-            itemsize=session.itemsize,
-            weight_itemsize=session.weight_itemsize,
-        )
+    bound = session.limit(workload, settings.hardware, max_num_seqs=1) if settings.hardware is not None else None
     return LatencyReport(
         environment=environment,
         engine=engine,

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from nanovllm_dist.bench.roofline import Hardware, Limit, limit
 from nanovllm_dist.bench.workloads import Workload
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
@@ -62,6 +63,18 @@ class Session:
     def weight_itemsize(self) -> int:
         """Bytes of a weight."""
         return 1 if self.resolved.weight_format == "int8" else self.itemsize
+
+    def limit(self, workload: Workload, hardware: Hardware, max_num_seqs: int) -> Limit:
+        """What no engine of this config can pass on `hardware`, with `max_num_seqs` requests at once."""
+        return limit(
+            self.model,
+            workload,
+            hardware,
+            tp=self.resolved.tensor_parallel_size,
+            max_num_seqs=max_num_seqs,
+            itemsize=self.itemsize,
+            weight_itemsize=self.weight_itemsize,
+        )
 
     def check(self, workload: Workload) -> None:
         """Raises ConfigError when a request of `workload` is longer than the engine takes."""

@@ -15,7 +15,7 @@ from nanovllm_dist.bench.chrome_trace import write_chrome_trace
 from nanovllm_dist.bench.distribution import Distribution, median
 from nanovllm_dist.bench.engine_run import EngineCounters, EngineRun, counted, run_workload, token_gaps
 from nanovllm_dist.bench.environment import Environment, describe_environment
-from nanovllm_dist.bench.roofline import Achieved, Hardware, Limit, achieved, limit
+from nanovllm_dist.bench.roofline import Achieved, Hardware, Limit, achieved
 from nanovllm_dist.bench.session import EngineSummary, Session, WorkloadSummary, open_session, workload_summary
 from nanovllm_dist.bench.step_breakdown import DEFAULT_STEPS, StepBreakdown, breakdown
 from nanovllm_dist.bench.step_window import close_window, open_window
@@ -170,15 +170,7 @@ def _report(
     rates = _rates([run.seconds for run in ours], workload)
     bound = reached = None
     if settings.hardware is not None:
-        bound = limit(
-            session.model,
-            workload,
-            settings.hardware,
-            tp=engine.tensor_parallel_size,
-            max_num_seqs=engine.max_num_seqs,
-            itemsize=session.itemsize,
-            weight_itemsize=session.weight_itemsize,
-        )
+        bound = session.limit(workload, settings.hardware, engine.max_num_seqs)
         reached = achieved(bound, settings.hardware, median(rates.seconds))
     return ThroughputReport(
         environment=environment,

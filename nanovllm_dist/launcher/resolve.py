@@ -21,11 +21,11 @@ _ALL_INTERFACES = ("*", "0.0.0.0", "::", "[::]")
 
 
 def resolve_config(config: EngineConfig, progress: bool = True) -> tuple[EngineConfig, ModelConfig]:
-    """A config without automatic values, and the typed form of its model's configs.
+    """A config with automatic values filled in, and the typed form of its model's configs.
 
     `model` becomes a directory (fetched if need be, with a progress display if `progress`), and the name as given
     goes to `model_source`, and to `served_model_name` unless that was set. What only a worker can measure
-    (`num_blocks`) or decide for its host (`threads_per_worker`) stays 0.
+    (`num_blocks`, `kv_cache_memory`) or decide for its host (`threads_per_worker`, `graph_cache_dir`) stays empty.
 
     Raises:
         ConfigError: two options contradict each other, or one contradicts the model or the device.

@@ -1,4 +1,4 @@
-"""Llama, and what shares its architecture (SmolLM2, Mistral without a sliding window, ...)."""
+"""Llama, and what shares its architecture (SmolLM2, ...)."""
 
 from __future__ import annotations
 

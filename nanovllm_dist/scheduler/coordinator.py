@@ -270,7 +270,7 @@ class Coordinator:
     def _stats(self) -> wire.EngineStats:
         scheduler = self._scheduler
         if scheduler is None:
-            return wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}, 0.0, {}, {}, {})
+            return wire.EngineStats()
         stats = scheduler.stats
         return wire.EngineStats(
             running=len(scheduler.running),

@@ -58,11 +58,6 @@ class Request:
         return len(self.tokens)
 
     @property
-    def num_output(self) -> int:
-        """Generated tokens so far."""
-        return len(self.tokens) - self.prompt_len
-
-    @property
     def running(self) -> bool:
         """Whether it holds a slot."""
         return self.slot >= 0

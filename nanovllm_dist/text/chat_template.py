@@ -33,14 +33,12 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     @classmethod
-    def from_directory(
-        cls, directory: Path, tokenizer_config: Mapping[str, Any], override: str | None = None
-    ) -> ChatTemplate | None:
+    def from_directory(cls, directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
         """The model's template, from chat_template.jinja, tokenizer_config.json or chat_template.json, or None.
 
         Raises UnsupportedModelError when a file is there but is not a template.
         """
-        templates = {"default": override} if override is not None else _find(directory, tokenizer_config)
+        templates = _find(directory, tokenizer_config)
         return cls(templates, special_token_texts(tokenizer_config)) if templates else None
 
     def render(

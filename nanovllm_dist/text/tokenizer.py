@@ -7,9 +7,8 @@ tokenizer.json. It knows nothing of requests; for text that comes token by token
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ class Tokenizer:
         self._pieces: dict[int, bytes | None] = {}
 
     @classmethod
-    def from_directory(cls, path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
-        """Open the tokenizer in the model directory `path`; `chat_template` (Jinja source) replaces the model's.
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Open the tokenizer in the model directory `path`.
 
         Raises:
             ModelNotFoundError: there are no tokenizer files.
@@ -55,12 +54,7 @@ class Tokenizer:
             backend = _converted(directory)
         else:
             raise ModelNotFoundError(f"{directory} has neither tokenizer.json nor {_SENTENCEPIECE}")
-        return cls(backend, ChatTemplate.from_directory(directory, config, chat_template))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included. The model's embedding may be padded to more."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return cls(backend, ChatTemplate.from_directory(directory, config))
 
     @cached_property
     def decoder_kinds(self) -> tuple[str, ...]:
@@ -81,15 +75,9 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequestError(f"the text cannot be tokenized: {error}") from None
 
-    def decode(
-        self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
-    ) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing.
-
-        `spaces_between_special_tokens=False` drops what a decoder puts between neighbouring added tokens.
-        """
-        groups = [ids] if spaces_between_special_tokens else self._split_between_added(ids, skip_special_tokens)
-        return "".join(self._backend.decode(list(group), skip_special_tokens=skip_special_tokens) for group in groups)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def is_added(self, token_id: int) -> bool:
         """Whether the token was added to the vocabulary as a whole, as special tokens are."""
@@ -146,15 +134,10 @@ class Tokenizer:
             UnsupportedModelError: the template is not valid Jinja.
         """
         if self._template is None:
-            raise InvalidRequestError("this model has no chat template: send a plain prompt, or give a template")
+            raise InvalidRequestError(
+                "this model has no chat template: send a plain prompt, or add a chat_template.jinja"
+            )
         return self._template.render(messages, tools, add_generation_prompt, kwargs)
-
-    def _split_between_added(self, ids: Sequence[int], skip_special_tokens: bool) -> Iterator[list[int]]:
-        skipped = self.special_ids if skip_special_tokens else frozenset()
-        kept = [i for i in ids if i not in skipped and self.token(i) is not None]
-        cuts = [at for at, (a, b) in enumerate(pairwise(kept), start=1) if self.is_added(a) and self.is_added(b)]
-        for start, end in pairwise([0, *cuts, len(kept)]):
-            yield kept[start:end]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -77,7 +77,7 @@ class Hello(_Message, frozen=True):
 
 class AddRequest(_Message, frozen=True):
     """Run one prompt. `id` is chosen by the client and unique among its own; answered by Outputs only, or by
-    ProtocolError where the client is not known (any more).
+    ProtocolError where the client is not known (any more), or the id is not unique.
 
     `prompt` is packed token ids; `bad_words` packed token-id sequences; a lower `priority` runs earlier.
     """
@@ -204,21 +204,21 @@ class EngineStats(_Message, frozen=True):
     the whole coordinator; `answer_us_per_step`, wall time from a step's result to the next step's departure.
     """
 
-    running: int
-    waiting: int
-    free_blocks: int
-    num_blocks: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    finished: dict[str, int]
-    seconds_since_step: float
-    host_us_per_step: dict[int, tuple[int, float]]
-    answer_us_per_step: dict[int, tuple[int, float]]
-    batch_histogram: dict[int, int]  # rows per step -> steps
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    num_blocks: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = {}
+    seconds_since_step: float = 0.0
+    host_us_per_step: dict[int, tuple[int, float]] = {}
+    answer_us_per_step: dict[int, tuple[int, float]] = {}
+    batch_histogram: dict[int, int] = {}  # rows per step -> steps
 
 
 class StepTimes(_Part, frozen=True):
@@ -261,7 +261,8 @@ class StepTrace(_Message, frozen=True):
 
 
 class ProtocolError(_Message, frozen=True):
-    """The answer to a frame that is not a ClientMessage."""
+    """A frame had no effect: it is no ClientMessage, is of another protocol, or repeats the id of a running request; or
+    its sender is not known (any more), or one too many. Also the last that a dropped client gets."""
 
     error: ErrorInfo
 

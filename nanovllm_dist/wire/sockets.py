@@ -6,7 +6,6 @@ know messages: frames are bytes.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import zmq
@@ -180,10 +179,3 @@ def _heartbeat(socket: zmq.Socket[bytes]) -> None:
     # a peer host that vanishes without closing its connections must be noticed
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
-
-
-def private_directory(path: Path) -> Path:
-    """Create `path` readable by this user alone; its ipc sockets need no further key."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.chmod(path, 0o700)
-    return path

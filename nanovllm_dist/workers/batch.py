@@ -208,25 +208,17 @@ class Batch:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _apply(self, step: Step) -> None:
-        """Host tables first, then the same entries on the device."""
+        """Host tables first, then the rows that changed on the device, whole: they are few and small."""
         slots, blocks = np.frombuffer(step.grow_slots, dtype="<i4"), np.frombuffer(step.grow_blocks, dtype="<i4")
         if not (len(slots) or step.new_rows):
             return
         tokens = [self._enter(row) for row in step.new_rows]
         entered = [row.slot for row in step.new_rows]
-        columns = [np.arange(self._table_len[slot]) for slot in entered]
-        tables = [self._tables[slot, : self._table_len[slot]] for slot in entered]
         for slot, block in zip(slots.tolist(), blocks.tolist(), strict=True):
-            length = self._table_len[slot]
-            self._tables[slot, length] = block
-            columns.append(np.array([length]))
-            tables.append(np.array([block], dtype=np.int32))
-            self._table_len[slot] = length + 1
-        arrays: list[Array] = [
-            np.repeat([*entered, *slots.tolist()], [len(part) for part in columns]).astype(np.int64),
-            np.concatenate(columns).astype(np.int64),
-            np.concatenate(tables).astype(np.int32),
-        ]
+            self._tables[slot, self._table_len[slot]] = block
+            self._table_len[slot] += 1
+        changed = np.unique(np.array([*entered, *slots], dtype=np.int64))
+        arrays: list[Array] = [changed, self._tables[changed]]
         if tokens:
             arrays += [
                 np.repeat(entered, [len(part) for part in tokens]).astype(np.int64),
@@ -234,9 +226,9 @@ class Batch:
                 np.concatenate(tokens).astype(np.int32),
             ]
         on_device = self._transfers.upload(arrays)
-        self.block_tables[on_device[0], on_device[1]] = on_device[2]
+        self.block_tables[on_device[0]] = on_device[1]
         if tokens:
-            self.token_ids[on_device[3], on_device[4]] = on_device[5].to(self.token_ids.dtype)
+            self.token_ids[on_device[2], on_device[3]] = on_device[4].to(self.token_ids.dtype)
 
     def _enter(self, row: NewRow) -> Array:
         slot = row.slot

@@ -29,7 +29,7 @@ from nanovllm_dist.workers.logprobs import prompt_logprobs
 from nanovllm_dist.workers.platform.base import DeviceSampler, Platform
 from nanovllm_dist.workers.profile_steps import profile_steps
 from nanovllm_dist.workers.running_step import RunningStep
-from nanovllm_dist.workers.sampler import Sampler
+from nanovllm_dist.workers.sampler import Sampler, SampleResult
 from nanovllm_dist.workers.sampling_random import uniform
 from nanovllm_dist.workers.sampling_table import SamplingTable
 from nanovllm_dist.workers.transfers import Array
@@ -128,13 +128,13 @@ class ModelRunner:
             self._enter(row)
         rows = self._batch.begin(step)
         if self._decodes is not None and rows.only_decodes:
-            tokens, logprobs = self._replay(rows, self._decodes)
+            sampled = self._replay(rows, self._decodes)
             prompt: list[tuple[int, int, list[TokenLogprobs]]] = []
         else:
-            tokens, logprobs, prompt = self._run(rows)
+            sampled, prompt = self._run(rows)
         if self._comm.rank != 0 and not step.traced:
             return None
-        return RunningStep(step, self._launched, self._transfers.download(tokens), logprobs, prompt)
+        return RunningStep(step, self._launched, self._transfers.download(sampled.token_ids), sampled.logprobs, prompt)
 
     # --- one step ------------------------------------------------------------------------------------------
 
@@ -142,9 +142,7 @@ class ModelRunner:
         bad_words = [unpack_ints(word) for word in row.bad_words]
         self._table.set(row.slot, row.params, row.seed, row.prompt_len, bad_words)
 
-    def _run(
-        self, rows: StepRows
-    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]], list[tuple[int, int, list[TokenLogprobs]]]]:
+    def _run(self, rows: StepRows) -> tuple[SampleResult, list[tuple[int, int, list[TokenLogprobs]]]]:
         """A step of any shape: the model by graph where there is one that holds it, the rest by operation."""
         shape = chunk_shape(self._shapes, rows.shape)
         if self._decodes is None or shape is None:
@@ -158,9 +156,8 @@ class ModelRunner:
             self._launched = time.monotonic()
         prompt = [self._prompt_logprobs(hidden, *wanted) for wanted in self._batch.prompt_rows(rows)]
         if not len(rows.sample_slots):
-            return torch.empty(0, dtype=torch.int64, device=self._device), [], prompt
-        tokens, logprobs = self._sample(hidden, rows)
-        return tokens, logprobs, prompt
+            return SampleResult(torch.empty(0, dtype=torch.int64, device=self._device), []), prompt
+        return self._sample(hidden, rows), prompt
 
     def _chunk(self, inputs: list[torch.Tensor], shape: StepShape) -> torch.Tensor:
         """What the graph of a step with prefill in it records."""
@@ -170,34 +167,26 @@ class ModelRunner:
         token_slots, positions = inputs[:2]
         return self.model.forward(self._batch.input_ids(token_slots, positions), positions, attention)
 
-    def _sample(self, hidden: torch.Tensor, rows: StepRows) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+    def _sample(self, hidden: torch.Tensor, rows: StepRows) -> SampleResult:
         slots, positions = rows.sample_slots, rows.sample_positions
         last_tokens = np.cumsum(rows.counts)[rows.samples] - 1
         arrays = [last_tokens, slots, positions, *self._draws(rows, len(slots))]
         index, device_slots, device_positions, *draws = self._transfers.upload(arrays)
         logits = self.model.lm_head(hidden[index])
         if self._device_sampler is None:
-            tokens, logprobs = self._sample_on_rank_0(logits, slots, positions)
-        else:
-            special = self._table.special_rows(slots, positions)
-            plain = self._device_sampler.sample(logits, *draws)
-            tokens, logprobs = self._sample_special(logits, rows, special, plain)
+            sampled = self._sample_on_rank_0(logits, slots, positions)
+            self._batch.append(device_slots, device_positions, sampled.token_ids)
+            return sampled
+        tokens = self._device_sampler.sample(logits, *draws)
         self._batch.append(device_slots, device_positions, tokens)
-        return tokens, logprobs
+        return self._sample_special(logits, rows, tokens)
 
-    def _replay(self, rows: StepRows, decodes: _Decodes) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
-        """A step of decodes alone, by graph; rows that want more than a plain draw are sampled again after it."""
+    def _replay(self, rows: StepRows, decodes: _Decodes) -> SampleResult:
+        """A step of decodes alone, by graph."""
         count = len(rows.slots)
-        special = self._table.special_rows(rows.slots, rows.ends)
-        sampled, logits = self._decode(rows, decodes, decode_size(decodes.sizes, count))
+        tokens, logits = self._decode(rows, decodes, decode_size(decodes.sizes, count))
         self._launched = time.monotonic()
-        plain = sampled[:count]
-        if not len(special):
-            return plain, []
-        tokens, logprobs = self._sample_special(logits[:count], rows, special, plain)
-        slots, positions = self._transfers.upload([rows.slots, rows.ends])
-        self._batch.append(slots, positions, tokens)
-        return tokens, logprobs
+        return self._sample_special(logits[:count], rows, tokens[:count])
 
     def _decode(self, rows: StepRows, decodes: _Decodes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens int64 [size], this rank's logits [size, columns]) of rows padded to `size`."""
@@ -215,32 +204,30 @@ class ModelRunner:
         below_one = np.nextafter(dtype(1), dtype(0))  # which a draw just below it may be rounded to
         return [inv_temperature, np.minimum(uniforms, below_one)]
 
-    def _sample_special(
-        self, logits: torch.Tensor, rows: StepRows, special: Ints, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
-        """Replace the tokens of the `special` among the sampling rows, which want more than a plain draw; the others
-        keep theirs, whoever is beside them. Some rows at a time: what filters need is many times the logits."""
+    def _sample_special(self, logits: torch.Tensor, rows: StepRows, tokens: torch.Tensor) -> SampleResult:
+        """Sample again, after `tokens` were appended, the rows that want more than a plain draw; the others keep
+        theirs, whoever is beside them. Some rows at a time: what filters need is many times the logits."""
         slots, positions = rows.sample_slots, rows.sample_positions
-        logprobs: list[tuple[int, TokenLogprobs]] = []
+        special = self._table.special_rows(slots, positions)
+        if not len(special):
+            return SampleResult(tokens, [])
+        slots, positions = slots[special], positions[special]
+        index, device_slots, device_positions = self._transfers.upload([special, slots, positions])
+        parts = []
         for start in range(0, len(special), _SPECIAL_ROWS):
-            part = special[start : start + _SPECIAL_ROWS]
-            (index,) = self._transfers.upload([part])
-            sampled, added = self._sample_on_rank_0(logits[index], slots[part], positions[part])
-            tokens = tokens.index_copy(0, index, sampled)
-            logprobs += added
-        return tokens, logprobs
+            part = slice(start, start + _SPECIAL_ROWS)
+            parts.append(self._sample_on_rank_0(logits[index[part]], slots[part], positions[part]))
+        sampled = torch.cat([part.token_ids for part in parts])
+        self._batch.append(device_slots, device_positions, sampled)
+        return SampleResult(tokens.index_copy(0, index, sampled), [entry for part in parts for entry in part.logprobs])
 
-    def _sample_on_rank_0(
-        self, logits: torch.Tensor, slots: Ints, positions: Ints
-    ) -> tuple[torch.Tensor, list[tuple[int, TokenLogprobs]]]:
+    def _sample_on_rank_0(self, logits: torch.Tensor, slots: Ints, positions: Ints) -> SampleResult:
         whole = self.model.lm_head.gather(logits)
-        logprobs: list[tuple[int, TokenLogprobs]] = []
         if whole is None:
-            tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
+            sampled = SampleResult(torch.empty(len(logits), dtype=torch.int64, device=self._device), [])
         else:
             sampled = self._sampler.sample(whole.float(), slots, positions, self._batch.token_ids)
-            tokens, logprobs = sampled.token_ids, sampled.logprobs
-        return self._comm.broadcast(tokens), logprobs
+        return SampleResult(self._comm.broadcast(sampled.token_ids), sampled.logprobs)
 
     def _prompt_logprobs(
         self, hidden: torch.Tensor, slot: int, first: int, last: int, index: int

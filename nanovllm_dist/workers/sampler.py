@@ -38,24 +38,19 @@ class Sampler:
         self._table = table
 
     def sample(
-        self, logits: Tensor, slots: NDArray[np.integer], num_tokens: NDArray[np.integer], token_ids: Tensor
+        self, logits: Tensor, slots: NDArray[np.int64], num_tokens: NDArray[np.int64], token_ids: Tensor
     ) -> SampleResult:
         """One token per row: a function of the row's logits, parameters, known tokens, seed and position.
 
         Args:
             logits: float32 [R, V] on the device; modified in place.
-            slots: int [R], the slot of each row.
-            num_tokens: int [R], tokens known before this one, which is the position of the token sampled.
-            token_ids: int32 [max_num_seqs, max_len] on the device; a slot's row starts with its known tokens.
+            slots: int64 [R], the slot of each row.
+            num_tokens: int64 [R], tokens known before this one, which is the position of the token sampled.
+            token_ids: see Batch; a slot's row starts with its known tokens.
 
         A row whose logits, after masks, hold a NaN or +inf has no distribution: the first such token is taken.
         A row of -inf alone gives token 0. Other rows are not affected.
         """
-        return self._sample(logits, slots.astype(np.int64), num_tokens.astype(np.int64), token_ids)
-
-    def _sample(
-        self, logits: Tensor, slots: NDArray[np.int64], num_tokens: NDArray[np.int64], token_ids: Tensor
-    ) -> SampleResult:
         asking = np.flatnonzero(self._table.logprobs[slots] != NO_LOGPROBS)
         logprobs = torch.log_softmax(_take(logits, asking), dim=-1) if len(asking) else None
         self._edit(logits, slots, num_tokens, token_ids)

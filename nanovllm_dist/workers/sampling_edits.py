@@ -44,8 +44,8 @@ def penalize(
 ) -> None:
     """Apply repetition, frequency and presence penalties to `logits` float32 [P, V], in place.
 
-    `slots` and `lengths` int64 [P]: each row's slot and its count of known tokens, at least 1; `token_ids` int32
-    [max_num_seqs, max_len]. Repetition looks at prompt and output, the other two at the output only.
+    `slots` and `lengths` int64 [P]: each row's slot and its count of known tokens, at least 1; `token_ids`: see
+    Batch. Repetition looks at prompt and output, the other two at the output only.
     """
     device = logits.device
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from engine_sandbox import LAUNCHERS, SMALL, Command, Sandbox, model, sandbox, wait_for
 
@@ -123,7 +124,7 @@ engine = Engine.start(EngineConfig.from_json(sys.argv[1]))
 def test_a_program_that_ends_without_stopping_its_engine(
     model: str, sandbox: Sandbox, launcher: Any, order: str
 ) -> None:
-    config = EngineConfig(model=model, launcher=launcher, **SMALL).to_json()
+    config = msgspec.json.encode(EngineConfig(model=model, launcher=launcher, **SMALL)).decode()
     command = [sys.executable, "-c", FORGETFUL, config, order]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

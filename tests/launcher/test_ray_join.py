@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -103,7 +104,7 @@ class Launcher:
             "print(engine.address, *engine.pids.values(), flush=True); sys.stdin.read(); engine.stop()"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", source, config.to_json()],
+            [sys.executable, "-c", source, msgspec.json.encode(config).decode()],
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
             text=True,
             env=cluster.environment,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from two_nodes import TwoNodes, two_nodes
 
@@ -43,7 +44,7 @@ def run(nodes: TwoNodes, config: EngineConfig, directory: Path | None = None) ->
     """(what PROGRAM printed, its stderr) for an engine on this cluster."""
     joined = config.replace(ray_address=nodes.address)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, joined.to_json()],
+        [sys.executable, "-c", PROGRAM, msgspec.json.encode(joined).decode()],
         capture_output=True,
         text=True,
         timeout=180,

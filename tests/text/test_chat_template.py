@@ -17,11 +17,11 @@ TEMPLATE = (
 USER = [{"role": "user", "content": "the fox"}]
 
 
-def model(directory, template=TEMPLATE, override=None, **config):
+def model(directory, template=TEMPLATE, **config):
     byte_level_backend().save(str(directory / "tokenizer.json"))
     content = {"bos_token": "<|start|>", **({"chat_template": template} if template else {}), **config}
     (directory / "tokenizer_config.json").write_text(json.dumps(content))
-    return Tokenizer.from_directory(directory, chat_template=override)
+    return Tokenizer.from_directory(directory)
 
 
 def test_messages_are_rendered_with_the_models_special_tokens(tmp_path):
@@ -51,10 +51,6 @@ def test_a_jinja_file_replaces_the_config(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("from the file")
 
     assert model(tmp_path).render_chat(USER) == "from the file"
-
-
-def test_a_given_template_replaces_the_models(tmp_path):
-    assert model(tmp_path, override="given").render_chat(USER) == "given"
 
 
 def test_of_named_templates_the_one_for_tools_is_used_with_tools(tmp_path):

@@ -1,8 +1,11 @@
 """Text that comes token by token is the text of all tokens, and never shows part of a character."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import BACKENDS
 
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.detokenizer import IncrementalDetokenizer, detokenize
@@ -18,12 +21,20 @@ def deltas(tokenizer, ids, prompt=(), **params):
     return [*(detokenizer.feed([token]) for token in ids), detokenizer.flush()]
 
 
+def decode_without_spaces(tokenizer, ids, skip):
+    """The full decode without what the decoder puts between neighbouring added tokens."""
+    kept = [i for i in ids if not (skip and i in tokenizer.special_ids) and tokenizer.token(i) is not None]
+    cuts = [at for at in range(1, len(kept)) if tokenizer.is_added(kept[at - 1]) and tokenizer.is_added(kept[at])]
+    return "".join(tokenizer.decode(kept[start:end], False) for start, end in pairwise([0, *cuts, len(kept)]))
+
+
 @SHARED_FIXTURE
 @given(ids=IDS, skip=st.booleans(), spaces=st.booleans())
 def test_deltas_of_any_ids_make_the_full_decode(tokenizer, ids, skip, spaces):
     pieces = deltas(tokenizer, ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces)
 
-    assert "".join(pieces) == tokenizer.decode(ids, skip, spaces)
+    expected = tokenizer.decode(ids, skip) if spaces else decode_without_spaces(tokenizer, ids, skip)
+    assert "".join(pieces) == expected
 
 
 @SHARED_FIXTURE
@@ -114,8 +125,15 @@ def test_special_tokens_are_left_out_unless_asked_for(byte_level):
     assert "".join(deltas(byte_level, ids, skip_special_tokens=False)) == "a<|end|>"
 
 
+@pytest.mark.parametrize(("spaces", "text"), [(True, "the <s> </s> quick"), (False, "the <s></s> quick")])
+def test_spaces_between_added_tokens_can_be_dropped(spaces, text):
+    options = {"skip_special_tokens": False, "spaces_between_special_tokens": spaces}
+
+    assert "".join(deltas(Tokenizer(BACKENDS["word"]), [2, 0, 1, 3], **options)) == text
+
+
 def test_ids_without_a_token_give_no_text(tokenizer):
-    assert "".join(deltas(tokenizer, [2**31 - 1, -1, tokenizer.vocab_size])) == ""
+    assert "".join(deltas(tokenizer, [2**31 - 1, -1, tokenizer._backend.get_vocab_size()])) == ""
 
 
 class Counting(Tokenizer):
@@ -140,7 +158,7 @@ def test_work_grows_with_the_number_of_tokens_not_with_its_square(kind, text, re
 
 def single_bytes(tokenizer, text):
     """Ids of the tokens that stand for single bytes of `text`."""
-    of_byte = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    of_byte = {tokenizer.token_bytes(token): token for token in range(tokenizer._backend.get_vocab_size())}
     return [of_byte[bytes([byte])] for byte in text.encode()]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 import zmq
 
 from nanovllm_dist.errors import EngineConnectError, EngineDeadError
-from nanovllm_dist.wire.sockets import Channel, Server, new_keys, private_directory
+from nanovllm_dist.wire.sockets import Channel, Server, new_keys
 
 LIMIT = 10_000
 
@@ -155,8 +153,3 @@ def test_tcp_without_keys_is_refused_on_both_ends(context) -> None:  # type: ign
         Server(context, "tcp://127.0.0.1:0", LIMIT, None)
     with pytest.raises(EngineConnectError, match="key file"):
         Channel(context, "tcp://127.0.0.1:1", LIMIT, None)
-
-
-def test_the_directory_of_ipc_sockets_is_private(tmp_path: Path) -> None:
-    path = private_directory(tmp_path / "run")
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o700

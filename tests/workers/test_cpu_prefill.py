@@ -67,7 +67,7 @@ def exact(query: torch.Tensor, batch: AttentionBatch, row: int) -> tuple[torch.T
 
 def check(attention: CpuAttention, dim: int, kv_heads: int, group: int, block_size: int) -> None:
     """Decodes and prefills of one step against attention in float64."""
-    assert attention.prefills_natively, "this machine has a C compiler, and the kernel was not built with it"
+    assert not attention.plans_prefills(), "this machine has a C compiler, and the kernel was not built with it"
     batch = make_batch([70, 3, 1, 64, 129], ROWS, block_size, kv_heads, dim)
     tokens = len(batch.slot_mapping)
     query = torch.randn(tokens, kv_heads * group, dim, generator=torch.Generator().manual_seed(1)).to(BF16)
@@ -115,5 +115,5 @@ def test_large_scores_do_not_overflow_and_the_likeliest_key_wins() -> None:
 
 
 def test_float32_prefills_are_left_to_torch() -> None:
-    assert not CpuAttention(64, torch.float32).prefills_natively
-    assert not CpuAttention(48, BF16).prefills_natively
+    assert CpuAttention(64, torch.float32).plans_prefills()
+    assert CpuAttention(48, BF16).plans_prefills()

@@ -77,7 +77,6 @@ class Platform(ABC):
     """One kind of device."""
 
     name: ClassVar[str]
-    distributed_backend: ClassVar[str]
     ray_resource: ClassVar[str]  # the Ray resource of which each rank reserves one unit
     visible_devices_env: ClassVar[str]  # the variable that limits a process to some devices; "" if there is none
     default_dtype: ClassVar[str]  # of a checkpoint whose config names none

@@ -36,7 +36,6 @@ class CpuPlatform(Platform):
     """Runs everywhere; the reference for every other platform."""
 
     name = "cpu"
-    distributed_backend = "gloo"
     ray_resource = "CPU"
     visible_devices_env = ""
     default_dtype = "float32"

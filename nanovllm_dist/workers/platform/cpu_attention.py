@@ -56,11 +56,6 @@ class CpuAttention(TorchAttention):
         """Whether the C kernel is in use."""
         return self._kernel is not None
 
-    @property
-    def prefills_natively(self) -> bool:
-        """The same of prefill rows."""
-        return self._prefill is not None
-
     def plans_decodes(self) -> bool:
         """The kernel needs no buckets, gather indices or masks."""
         return self._kernel is None

@@ -34,7 +34,6 @@ class CudaPlatform(Platform):
     """One GPU of this process."""
 
     name = "cuda"
-    distributed_backend = "nccl"
     ray_resource = "GPU"
     visible_devices_env = "CUDA_VISIBLE_DEVICES"
     default_dtype = "bfloat16"

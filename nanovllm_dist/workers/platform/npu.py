@@ -31,7 +31,6 @@ class NpuPlatform(Platform):
     """One NPU of this process: a card of 910B, a die of 910C."""
 
     name = "npu"
-    distributed_backend = "hccl"
     ray_resource = "NPU"
     visible_devices_env = npu_host.VISIBLE
     default_dtype = "bfloat16"

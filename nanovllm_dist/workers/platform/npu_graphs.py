@@ -11,7 +11,6 @@ from nanovllm_dist.models.parallel import Communicator
 from nanovllm_dist.workers.graphs import Recorder
 from nanovllm_dist.workers.platform.npu_layers import NpuLayers
 
-MODES = ("auto", "eager", "torchair", "aclgraph")
 # What `auto` is: a capture takes a second, where the graph engine may compile for minutes
 _AUTO = "aclgraph"
 _CACHE = "~/.cache/nanovllm_dist/graphs"

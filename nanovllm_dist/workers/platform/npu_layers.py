@@ -144,10 +144,11 @@ class NpuLayers:
             weight = to_nz(weight)
 
         def kernel(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            if torch.compiler.is_compiling():
-                output: torch.Tensor = torch.ops.npu.npu_linear(x, weight, bias)
-                return output
-            return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+            if out is not None and bias is None and not torch.compiler.is_compiling():
+                return torch.mm(x, weight.t(), out=out)
+            linear = torch.ops.npu.npu_linear if torch.compiler.is_compiling() else F.linear
+            output: torch.Tensor = linear(x, weight, bias)
+            return output if out is None else out.copy_(output)
 
         return kernel
 

@@ -12,8 +12,8 @@ from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, packed_siz
 
 # Enough for a step that lets 16,384 tokens of whole prompts in
 _FIRST_BYTES = 2**20
-# A step makes at most this many uploads: deltas, inputs, and what sampling needs
-_UPLOADS_PER_STEP = 3
+# A step makes at most this many uploads: deltas, inputs, what sampling needs, and the rows that are sampled again
+_UPLOADS_PER_STEP = 4
 
 
 class PinnedTransfers:
