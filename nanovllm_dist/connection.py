@@ -37,6 +37,7 @@ from nanovllm_dist.wire.wakeup import Wakeup
 KEY_FILE_ENV = "NANOVLLM_KEY_FILE"
 _PROBE_AFTER_SECONDS = 10.0
 _DEAD_AFTER_SECONDS = 40.0
+_LOOK_AFTER_SECONDS = 1.0
 _POLL_MS = 500
 _CLOSE_SECONDS = 10.0
 
@@ -73,6 +74,7 @@ class Connection:
         self._stats: deque[Future[wire.EngineStats]] = deque()
         self._traces: deque[Future[wire.StepTrace]] = deque()
         self._error: NanoVLLMError | None = None
+        self._process = os.getpid()
         self._closing = False
         self._lock = threading.RLock()  # garbage collection may abort a request while this thread holds it
         self._last_heard = time.monotonic()
@@ -149,6 +151,13 @@ class Connection:
         """An id for a request to submit."""
         return next(self._ids)
 
+    def _check(self) -> None:
+        """Raises why nothing can be asked, if that is so."""
+        if self._error is not None:
+            raise self._error
+        if self._process != os.getpid():  # its thread is not there
+            raise EngineDeadError("this client was made before a fork: DistLLM.connect makes one of this process")
+
     def submit(
         self,
         request_id: int,
@@ -168,8 +177,7 @@ class Connection:
         _check_options(priority, cache_salt)
         frame = _frame(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
         with self._lock:
-            if self._error is not None:
-                raise self._error
+            self._check()
             self._greet_after_silence()
             self._sinks[request_id] = sink
         self._queue(frame)
@@ -183,8 +191,7 @@ class Connection:
         """The engine's counters now. Raises EngineDeadError when it does not answer."""
         future: Future[wire.EngineStats] = Future()
         with self._lock:
-            if self._error is not None:
-                raise self._error
+            self._check()
             self._greet_after_silence()
             self._stats.append(future)
         self._send(wire.StatsRequest())
@@ -199,8 +206,7 @@ class Connection:
             raise InvalidRequestError(f"a trace of {count} steps after {skip}: 0 to {wire.TRACE_LIMIT:,} can be traced")
         future: Future[wire.StepTrace] = Future()
         with self._lock:
-            if self._error is not None:
-                raise self._error
+            self._check()
             self._greet_after_silence()
             self._traces.append(future)
             self._send(wire.TraceSteps(count, skip))
@@ -356,7 +362,9 @@ class Connection:
         if not self._sinks or self._error is not None:
             return
         silent = time.monotonic() - self._last_heard
-        if silent > _DEAD_AFTER_SECONDS:
+        if silent > _LOOK_AFTER_SECONDS and not _is_there(self.address):
+            self.fail(EngineDeadError(f"the engine at {self.address} is gone: its socket does not exist any more"))
+        elif silent > _DEAD_AFTER_SECONDS:
             self.fail(EngineDeadError(f"the engine at {self.address} has been silent for {silent:.0f} s"))
         elif silent > _PROBE_AFTER_SECONDS and not self._stats:
             self._stats.append(Future())
@@ -395,12 +403,17 @@ def _settle(future: Future[Any], result: wire.EngineStats | wire.StepTrace | Nan
             future.set_result(result)
 
 
+def _is_there(address: str) -> bool:
+    """Whether an ipc address still has its socket; of others nothing can be told."""
+    return not address.startswith("ipc://") or Path(address.removeprefix("ipc://")).exists()
+
+
 def _read_keys(address: str, key_file: str | Path | None) -> wire.Keys | None:
     """Keys for a tcp address from its key file, or the one that NANOVLLM_KEY_FILE names."""
     if not address.startswith(("ipc://", "tcp://")):
         raise EngineConnectError(f"{address!r} is not an engine address: it begins with ipc:// or tcp://")
     if address.startswith("ipc://"):
-        if not Path(address.removeprefix("ipc://")).exists():
+        if not _is_there(address):
             raise EngineConnectError(f"no engine is running at {address}: its socket does not exist")
         return None
     path = key_file or os.environ.get(KEY_FILE_ENV)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import threading
 from typing import Any, NoReturn
@@ -177,8 +178,20 @@ def _readable(error: NanoVLLMError) -> str:
 
 def main() -> None:
     """Console entry point. SIGTERM is handled as Ctrl-C."""
+    _open_standard_streams()
     handle_signals()
     app()
+
+
+def _open_standard_streams() -> None:
+    """Whoever started us may have closed some; a socket that got such a number would be written to as a stream."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            device = os.open(os.devnull, os.O_RDWR)
+            os.dup2(device, number)
+            if device != number:
+                os.close(device)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 if __name__ == "__main__":

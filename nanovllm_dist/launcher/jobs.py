@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,20 +31,30 @@ class Job:
 def read_jobs(invocation: Invocation) -> list[Job]:
     """The jobs of an invocation; none when it serves or chats. Raises ConfigError with the number of a bad line."""
     mode = invocation.mode
-    if mode.output and not Path(mode.output).absolute().parent.is_dir():
-        raise ConfigError(f"--output {mode.output}: there is no such directory")
-    if mode.output and Path(mode.output).is_dir():
-        raise ConfigError(f"--output {mode.output}: it is a directory, and answers go into a file")
-    if mode.output and Path(f"{mode.output}.part").exists():
-        raise ConfigError(
-            f"--output {mode.output}: {mode.output}.part is there, the answers of a run that was interrupted: move or "
-            "delete it first"
-        )
+    if mode.output is not None:
+        _check_output(mode.output)
     if mode.prompts_file:
         return list(_read_file(mode.prompts_file, invocation.sampling))
     if not all(mode.prompt):
         raise ConfigError("--prompt is empty")
     return [Job(invocation.params, prompt) for prompt in mode.prompt]
+
+
+def _check_output(output: str) -> None:
+    target = Path(output).resolve()  # what a link leads to is written, and the link stays
+    partial = Path(f"{target}.part")
+    if not output:
+        raise ConfigError("--output is empty: give the name of a file")
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"--output {output}: it is a directory or a device, and answers go into a file")
+    if not target.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no such directory")
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigError(f"--output {output}: nothing may be written into that directory")
+    if partial.exists():
+        raise ConfigError(
+            f"--output {output}: {partial} is there, the answers of a run that was interrupted: move or delete it first"
+        )
 
 
 def _read_file(path: str, defaults: dict[str, Any]) -> Iterator[Job]:

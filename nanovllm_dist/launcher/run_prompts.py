@@ -130,21 +130,21 @@ def _writer(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    partial = Path(f"{path}.part")
+    target = Path(path).resolve()
+    partial = Path(f"{target}.part")
     try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error}") from None
-    try:
-        with file:
+        with partial.open("w", encoding="utf-8") as file:
             yield file
-    except BaseException:
-        if partial.stat().st_size:
-            sys.stderr.write(f"what was answered until now, in order, is in {partial}\n")
-        else:
-            partial.unlink()
+        os.replace(partial, target)
+    except BaseException as error:
+        if partial.exists():
+            if partial.stat().st_size:
+                sys.stderr.write(f"what was answered until now, in order, is in {partial}\n")
+            else:
+                partial.unlink()
+        if isinstance(error, OSError) and not isinstance(error, NanoVLLMError):
+            raise ConfigError(f"--output {path}: {error}") from None
         raise
-    os.replace(partial, path)
 
 
 def _record(job: Job, output: RequestOutput) -> dict[str, Any]:

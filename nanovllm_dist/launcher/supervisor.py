@@ -40,6 +40,7 @@ class Supervisor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,  # what a watchdog that was killed did not read must not come up again in `close`
             start_new_session=True,
             cwd="/",
         )
@@ -73,7 +74,6 @@ class Supervisor:
         # the watchdog may have been killed; the launcher's own clean-up still runs
         with contextlib.suppress(BrokenPipeError):
             self._commands.write(text.encode())
-            self._commands.flush()
 
 
 def _stat(pid: int) -> tuple[str, str] | None:

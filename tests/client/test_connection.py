@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -131,6 +132,38 @@ def test_an_end_that_another_thread_knows_of_is_told_by_the_thread_that_tells_al
     assert other.done.wait(10)
     assert str(other.ends[0]) == "worker-0 is gone"
     assert len(held.ends) == len(other.ends) == 1
+
+
+@pytest.mark.timeout(30)
+def test_an_engine_whose_socket_is_gone_is_not_waited_for(engine: ScriptedEngine, aside: ThreadPoolExecutor) -> None:
+    _client, connection = connect(engine, aside)
+    waiting = RecordingSink()
+    submit(connection, waiting)
+
+    Path(engine.address.removeprefix("ipc://")).unlink()
+
+    assert waiting.done.wait(5)
+    assert "its socket does not exist any more" in str(waiting.ends[0])
+
+
+@pytest.mark.timeout(30)
+def test_a_client_says_in_a_fork_that_it_belongs_to_another_process(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor
+) -> None:
+    _client, connection = connect(engine, aside)
+    reading, writing = os.pipe()
+    if not os.fork():
+        try:
+            connection.stats()
+        except EngineDeadError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+
+    assert b"DistLLM.connect" in os.read(reading, 1000)
+    os.wait()
+    os.close(reading)
+    os.close(writing)
 
 
 KEYS = {"server_public": "k" * 40, "client_public": "k" * 40, "client_secret": "k" * 40}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +198,13 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "set()"
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error(closed: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m nanovllm_dist.launcher.cli --version {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- a file of prompts -------------------------------------------------------------------------------------
 
 
@@ -256,9 +265,14 @@ def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
         jobs_of(tmp_path, "\n\n")
 
 
-def test_an_output_that_is_a_directory_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="it is a directory"):
-        jobs_of(tmp_path, {"prompt": "a"}, output=str(tmp_path))
+def test_an_output_that_is_no_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    for output in (tmp_path, tmp_path / "fifo", tmp_path / "link"):
+        with pytest.raises(ConfigError, match="it is a directory or a device"):
+            jobs_of(tmp_path, {"prompt": "a"}, output=str(output))
+    with pytest.raises(ConfigError, match="--output is empty"):
+        jobs_of(tmp_path, {"prompt": "a"}, output="")
 
 
 def test_an_output_in_no_directory_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -188,6 +188,15 @@ def test_finish_kills_the_watched_and_whoever_writes_into_the_directory(supervis
     stranger.wait()
 
 
+def test_a_watchdog_that_was_killed_leaves_the_directory_to_the_launcher(supervisor: Supervisor) -> None:
+    os.kill(supervisor.pid, signal.SIGKILL)
+    wait_for(lambda: not runs(supervisor.pid))
+
+    supervisor.finish()
+
+    assert not supervisor.directory.exists()
+
+
 def test_finish_twice_is_fine(supervisor: Supervisor) -> None:
     supervisor.finish()
     supervisor.finish()

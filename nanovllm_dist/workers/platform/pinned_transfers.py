@@ -10,8 +10,8 @@ import torch
 
 from nanovllm_dist.workers.transfers import Array, HostCopy, offsets, packed_size, views
 
-# Enough for a step that lets 16,384 tokens of whole prompts in
-_FIRST_BYTES = 2**20
+# Enough for a step that lets 16,384 tokens of whole prompts in, with the block tables of 500 rows of 40,960 tokens
+_FIRST_BYTES = 2**21
 # A step makes at most this many uploads: deltas, inputs, what sampling needs, and the rows that are sampled again
 _UPLOADS_PER_STEP = 4
 
