@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -192,6 +193,7 @@ class RayBackend:
         own = {} if resource in _RESOURCE_OPTIONS else {resource: float(count)}
         try:
             self._thread.run(lambda: self._connect(address, config.tensor_parallel_size, own))
+            _take_back_sigterm()
         except EngineStartError:
             raise
         except (RayError, OSError, RuntimeError, ValueError) as error:
@@ -338,6 +340,12 @@ class RayBackend:
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
+
+
+def _take_back_sigterm() -> None:
+    """Ray's handler writes a stack trace and aborts the program three seconds later: put the program's own back."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _last_line(error: BaseException) -> str:

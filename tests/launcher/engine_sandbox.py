@@ -93,7 +93,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 class Command:
     """A running `nanovllm-launch`."""
 
-    def __init__(self, directory: Path, model: str, launcher: str, *arguments: str) -> None:
+    def __init__(
+        self, directory: Path, model: str, launcher: str, *arguments: str, start_new_session: bool = False
+    ) -> None:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
         model_options = ["--model", model, "--launcher", launcher, "--tp=2"]
         self.out, self.err = directory / "stdout", directory / "stderr"
@@ -102,6 +104,7 @@ class Command:
                 [sys.executable, "-m", "nanovllm_dist.launcher.cli", *model_options, *options, *arguments],
                 stdout=out,
                 stderr=err,
+                start_new_session=start_new_session,
             )
 
     def wait_for_output(self, text: str) -> None:

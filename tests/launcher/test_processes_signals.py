@@ -6,6 +6,7 @@ A tiny model with random weights, real processes, real signals.
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -36,6 +37,19 @@ def test_a_serving_engine_prints_one_ready_line_and_ends_on_a_signal(
 
     assert command.process.wait(30) == 0
     assert re.fullmatch(r"ready ipc://\S+/client\n", command.out.read_text())
+    assert "received" not in command.err.read_text()  # Ray's own handler would write a stack trace
+    sandbox.assert_empty()
+
+
+def test_a_sigterm_to_the_group_that_ray_shares_ends_a_serving_engine(
+    model: str, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    command = Command(tmp_path, model, "ray", start_new_session=True)
+    command.wait_for_output("ready")
+
+    os.killpg(command.process.pid, signal.SIGTERM)
+
+    assert command.process.wait(30) == 0
     sandbox.assert_empty()
 
 
