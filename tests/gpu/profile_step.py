@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-memory", type=int, default=0, help="bytes; as much as there is")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(run_rank, (options, directory), nprocs=options.tp)
+        torch.multiprocessing.spawn(run_rank, (options, directory), nprocs=options.tp, daemon=True)
 
 
 if __name__ == "__main__":

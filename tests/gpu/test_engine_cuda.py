@@ -66,6 +66,11 @@ def start(checkpoint: Checkpoint, **options: object) -> LLM:
     return LLM(str(checkpoint.directory), device=DEVICE, progress=False, **(defaults | options))  # type: ignore[arg-type]
 
 
+def worker_log(llm: LLM) -> str:
+    assert llm.engine is not None
+    return (llm.engine._deployment.directory / "worker-0.log").read_text()
+
+
 def generate(llm: LLM, requests: Sequence[Request], salt: str = "") -> list[RequestOutput]:
     """The requests, together; nothing of another salt is found in the prefix cache."""
     prompts, params = [prompt for prompt, _ in requests], [params for _, params in requests]
@@ -143,6 +148,7 @@ def test_on_several_ranks(workload: Workload, ranks: int) -> None:
     with start(workload.checkpoint, tensor_parallel_size=ranks) as llm:
         check(llm, workload)
         check(llm, workload)  # from the prefix cache
+        assert "norms are not joined" not in worker_log(llm)
 
 
 # --- rows that want more than a plain draw -----------------------------------------------------------------

@@ -40,7 +40,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if count < 2:
         pytest.skip("needs 2 GPUs")
     directory = tmp_path_factory.mktemp("symmetric")
-    torch.multiprocessing.spawn(run_rank, (count, directory), nprocs=count)
+    # ranks that wait on their GPUs for good must not outlive the test
+    torch.multiprocessing.spawn(run_rank, (count, directory), nprocs=count, daemon=True)
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
@@ -151,6 +152,7 @@ def check_joined(comm: SymmetricCommunicator, dtype: torch.dtype, captured: bool
     wrong = torch.zeros(2, dtype=torch.int64, device="cuda")
     columns = torch.arange(HIDDEN, device="cuda") % 7
     weight = (1 + columns % 3).to(dtype)
+    bound = 1e-4 if dtype == torch.float32 else 0.03  # norms of another step may differ from these by less than 0.03
     world_size, rank = comm.world_size, comm.rank
     torch.cuda.synchronize()
 
@@ -167,7 +169,7 @@ def check_joined(comm: SymmetricCommunicator, dtype: torch.dtype, captured: bool
         total = (columns + step) * world_size + world_size * (world_size - 1) // 2 + 1
         expected = total * (total.square().mean() + EPS).rsqrt() * weight
         mine = residual if place is None else residual[rank::world_size]
-        wrong.add_(torch.stack(((mine != total).any(), ((normed - expected).abs() > 0.03).any())))
+        wrong.add_(torch.stack(((mine != total).any(), ((normed - expected).abs() > bound).any())))
 
     if not captured:
         for index in range(BACK_TO_BACK):

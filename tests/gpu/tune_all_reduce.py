@@ -113,4 +113,4 @@ def time_norms(rank: int, comm: SymmetricCommunicator) -> None:
 if __name__ == "__main__":
     ranks = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(run_rank, (ranks, directory), nprocs=ranks)
+        torch.multiprocessing.spawn(run_rank, (ranks, directory), nprocs=ranks, daemon=True)
