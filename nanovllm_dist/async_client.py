@@ -10,7 +10,8 @@ from typing import Any
 
 from typing_extensions import Self
 
-from nanovllm_dist.client import DistLLM, Prompt
+from nanovllm_dist.client import DistLLM
+from nanovllm_dist.inputs import Prompt
 from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.sampling_params import SamplingParams
 from nanovllm_dist.text.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ class AsyncDistLLM:
 
         Raises InvalidRequestError, QueueFullError, EngineDeadError.
         """
-        stream = AsyncStream(self._client, prompt, sampling_params or SamplingParams(), streaming=False, **options)
+        stream = AsyncStream(self._client, prompt, sampling_params, streaming=False, **options)
         try:
             while True:
                 output = await anext(stream)
@@ -66,7 +67,7 @@ class AsyncDistLLM:
 
         Letting go of the stream ends the request. Raises as `generate` does.
         """
-        return AsyncStream(self._client, prompt, sampling_params or SamplingParams(), streaming=True, **options)
+        return AsyncStream(self._client, prompt, sampling_params, streaming=True, **options)
 
     async def stats(self) -> EngineStats:
         """The engine's counters now."""
@@ -92,7 +93,7 @@ class AsyncStream:
         self,
         client: DistLLM,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None,
         streaming: bool,
         priority: int = 0,
         cache_salt: str = "",

@@ -11,22 +11,22 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 from typing_extensions import Self
 
 from nanovllm_dist.batch_run import BatchRun, OnOutput, at_prompt
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.connection import Connection
-from nanovllm_dist.errors import ConfigError, InvalidRequestError, ModelNotFoundError
+from nanovllm_dist.errors import ConfigError, EngineConnectError, InvalidRequestError, ModelNotFoundError
 from nanovllm_dist.generation import Generation
+from nanovllm_dist.inputs import Message, Prompt, as_batch, as_conversations, one_params, params_for, token_ids
 from nanovllm_dist.outputs import RequestOutput
 from nanovllm_dist.progress import TokenProgress
 from nanovllm_dist.sampling_params import SamplingParams
@@ -35,10 +35,6 @@ from nanovllm_dist.wire.messages import EngineInfo, EngineStats, StepTrace
 
 if TYPE_CHECKING:
     from nanovllm_dist.launcher.engine import Engine
-
-Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
-_TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
 class DistLLM:
@@ -72,6 +68,7 @@ class DistLLM:
         `tokenizer`: a directory on this host, where the one that the engine was given is not there.
         Raises EngineConnectError when none answers within `timeout` seconds.
         """
+        _check_connect(address, timeout)
         self = cls.__new__(cls)
         self._attach(None, Connection(address, key_file, timeout), timeout, tokenizer)
         return self
@@ -113,8 +110,8 @@ class DistLLM:
 
         Raises InvalidRequestError (also when the lengths differ), EngineDeadError, WireError for one too large to send.
         """
-        batch = _as_batch(prompts)
-        params = _params_for(batch, sampling_params)
+        batch = as_batch(prompts)
+        params = params_for(len(batch), sampling_params)
         with TokenProgress(len(batch), enabled=use_tqdm) as progress:
             run = BatchRun(self.info.max_queued, return_errors, progress, on_output)
             generations: list[Generation | RequestOutput] = []
@@ -152,15 +149,14 @@ class DistLLM:
         reserved = {"messages", "tools", "add_generation_prompt"} & set(chat_template_kwargs or {})
         if reserved:
             raise InvalidRequestError(f"chat_template_kwargs must not set {', '.join(sorted(reserved))}")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [
             self.tokenizer.apply_chat_template(
-                list(conversation),  # type: ignore[arg-type]
+                list(conversation),
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
+            for conversation in as_conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm, **options)
 
@@ -177,7 +173,7 @@ class DistLLM:
         Leaving the loop early ends the request. Raises as `generate` does.
         """
         news: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        generation = self.make_generation(prompt, sampling_params or SamplingParams(), news.put, streaming=True)
+        generation = self.make_generation(prompt, sampling_params, news.put, streaming=True)
         generation.submit(priority, cache_salt)
         try:
             while True:
@@ -192,12 +188,17 @@ class DistLLM:
                 generation.abort()
 
     def make_generation(
-        self, prompt: Prompt, params: SamplingParams, on_output: Callable[[RequestOutput], None], streaming: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        on_output: Callable[[RequestOutput], None],
+        streaming: bool,
     ) -> Generation:
         """A prompt made ready to submit; `on_output` is called on the connection's thread.
 
-        Raises InvalidRequestError for what is not text or token ids.
+        Raises InvalidRequestError for what is not text or token ids, or not sampling parameters.
         """
+        params = one_params(params)
         text, ids = self._encode(prompt)
         tokenizer = self.tokenizer if params.detokenize or params.bad_words else None
         generation = Generation(self._connection, tokenizer, text, ids, params, on_output, streaming)
@@ -219,16 +220,7 @@ class DistLLM:
             if not prompt:
                 raise InvalidRequestError("the prompt is empty: it needs at least one token")
             return prompt, self.tokenizer.encode(prompt)
-        ids: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-        if not ids:
-            raise InvalidRequestError("the prompt is empty: it needs at least one token")
-        try:
-            return None, msgspec.convert(ids, _TokenIds)
-        except msgspec.ValidationError:
-            wrong = next((token for token in ids if not _is_int(token) or not 0 <= token < 2**31), ids)
-        if _is_int(wrong):
-            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary")
-        raise InvalidRequestError(f"a prompt is text or a list of token ids, but it holds {wrong!r}")
+        return None, token_ids(prompt)
 
     # --- the rest ------------------------------------------------------------------------------------------
 
@@ -279,8 +271,11 @@ class DistLLM:
 LLM = DistLLM
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_connect(address: Any, timeout: Any) -> None:
+    if not isinstance(address, str):
+        raise EngineConnectError(f"{address!r} is not an engine address: it is a text, ipc://... or tcp://HOST:PORT")
+    if not isinstance(timeout, int | float) or not 0 < timeout <= threading.TIMEOUT_MAX:  # not a number is neither
+        raise EngineConnectError(f"timeout={timeout!r} is not positive seconds")
 
 
 def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:
@@ -290,21 +285,6 @@ def _make_config(model: str, options: dict[str, Any]) -> EngineConfig:
             close = get_close_matches(name, known, n=1)
             raise ConfigError(f"unknown option {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
     return EngineConfig(model=model, **options)
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, given without a list, is a batch of one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_for(batch: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(batch)
-    if len(params) != len(batch):
-        raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} sampling params: give one, or one for each")
-    return list(params)
 
 
 def _close(engine: Engine | None, connection: Connection) -> None:

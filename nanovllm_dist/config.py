@@ -83,7 +83,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "max_steps_in_flight",
             "threads_per_worker",
         )
-        _require(self.tensor_parallel_size <= 1024, "tensor_parallel_size", self.tensor_parallel_size, "at most 1024")
+        _at_most(self, 1024, "tensor_parallel_size", "threads_per_worker")
+        _at_most(self, 65536, "max_num_seqs")
+        _at_most(self, 2**31 - 1, "num_blocks")  # workers are told of blocks in 32 bits
         _require(0.0 < self.memory_utilization <= 1.0, "memory_utilization", self.memory_utilization, "in (0, 1]")
         _require(self.max_steps_in_flight <= 2, "max_steps_in_flight", self.max_steps_in_flight, "1 or 2")
         _require(0 <= self.port < 65536, "port", self.port, "between 0 and 65535")
@@ -114,6 +116,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             msgspec.convert(msgspec.structs.asdict(self), _TypesOnly)
         except msgspec.ValidationError as error:
             raise ConfigError(f"engine options: {error}") from None
+        try:  # every process of the engine is sent them
+            msgspec.json.encode(self.hf_overrides)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"hf_overrides holds what JSON cannot: {error}") from None
 
     @property
     def least_blocks(self) -> int:
@@ -157,6 +163,11 @@ def _at_least_one(config: EngineConfig, *fields: str) -> None:
 def _zero_or_more(config: EngineConfig, *fields: str) -> None:
     for field in fields:
         _require(getattr(config, field) >= 0, field, getattr(config, field), "0 (automatic) or positive")
+
+
+def _at_most(config: EngineConfig, limit: int, *fields: str) -> None:
+    for field in fields:
+        _require(getattr(config, field) <= limit, field, getattr(config, field), f"at most {limit}")
 
 
 def _require(condition: bool, field: str, value: Any, wanted: str) -> None:

@@ -184,8 +184,9 @@ class Connection:
 
     def abort(self, ids: list[int], reason: str = "abort") -> None:
         """Ask for the end of these requests; each still ends through its sink."""
-        if ids and self._error is None:
-            self._send(wire.AbortRequests(ids, reason))
+        if self._error is None:
+            for start in range(0, len(ids), wire.ABORT_LIMIT):
+                self._send(wire.AbortRequests(ids[start : start + wire.ABORT_LIMIT], reason))
 
     def stats(self, timeout: float = 10.0) -> wire.EngineStats:
         """The engine's counters now. Raises EngineDeadError when it does not answer."""
@@ -236,10 +237,8 @@ class Connection:
         with self._lock:
             if self._closing:
                 return
+            self.abort(list(self._sinks))
             self._closing = True
-            running = list(self._sinks)
-        if running and self._error is None:
-            self._outgoing.append(wire.encode(wire.AbortRequests(running)))
         self._wakeup.ring()
         if self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_SECONDS)  # it may be held by a sink that blocks, and its engine must be stopped

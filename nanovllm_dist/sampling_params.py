@@ -20,6 +20,7 @@ MAX_STOP_STRINGS = 64
 MAX_LIST = 4096
 MAX_COUNT = 2**31 - 1
 MAX_STRING = 4096
+MAX_BAD_WORD_TOKENS = 128
 _SEED_LIMIT = 2**63
 
 
@@ -105,21 +106,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def _check_lists(self) -> None:
         stop = self.stop_strings
-        _require(len(stop) <= MAX_STOP_STRINGS, "stop", len(stop), f"at most {MAX_STOP_STRINGS} strings")
+        _at_most("stop", len(stop), MAX_STOP_STRINGS, "strings")
+        _at_most("stop_token_ids", len(self.stop_token_ids), MAX_LIST, "token ids")
+        _at_most("bad_words", len(self.bad_words), MAX_LIST, "words")
+        _at_most("logit_bias", len(self.logit_bias or {}), MAX_LIST, "entries")
         for name, strings in (("stop", stop), ("bad_words", self.bad_words)):
             _require(all(strings), name, list(strings)[:8], "a list of non-empty strings")
-            longest = max(map(len, strings), default=0)
-            _require(longest <= MAX_STRING, name, f"... {longest} characters", f"at most {MAX_STRING} characters each")
+            longest = max(strings, key=len, default="")
+            _at_most(f"{name}: {longest[:20]!r}", len(longest), MAX_STRING, "characters")
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("allowed_token_ids", self.allowed_token_ids or ())):
             _require(all(t >= 0 for t in ids), name, list(ids)[:8], "a list of token ids")
-        _require(len(self.stop_token_ids) <= MAX_LIST, "stop_token_ids", len(self.stop_token_ids), "a shorter list")
-        _require(len(self.bad_words) <= MAX_LIST, "bad_words", len(self.bad_words), "a shorter list")
         if self.allowed_token_ids is not None:
             _require(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "a non-empty list, or None for all")
         if self.logit_bias is not None:
-            _require(
-                len(self.logit_bias) <= MAX_LIST, "logit_bias", len(self.logit_bias), f"at most {MAX_LIST} entries"
-            )
             for token, bias in self.logit_bias.items():
                 _require(
                     token >= 0 and _finite(bias, -100.0, 100.0), "logit_bias", {token: bias}, "biases in [-100, 100]"
@@ -150,3 +149,8 @@ def _finite(value: float, low: float, high: float) -> bool:
 def _require(condition: bool, field: str, value: Any, wanted: str) -> None:
     if not condition:
         raise InvalidSamplingParamsError(f"{field}={value!r} is not {wanted}")
+
+
+def _at_most(field: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise InvalidSamplingParamsError(f"{field} has {count} {what}: at most {limit} are taken")

@@ -94,7 +94,7 @@ def _engine_config(given: dict[str, Any]) -> EngineConfig:
     if isinstance(given.get("hf_overrides"), str):
         try:
             given["hf_overrides"] = json.loads(given["hf_overrides"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--hf-overrides is not JSON: {error}") from None
     return EngineConfig(**given)
 
@@ -110,6 +110,8 @@ def read_config_file(path: str, names: Mapping[str, str]) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path}: it is nested too deeply to be read as YAML") from None
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected a mapping of options, such as `model: NAME`")
     options: dict[str, Any] = {}

@@ -59,7 +59,7 @@ def _check_output(output: str) -> None:
 
 def _read_file(path: str, defaults: dict[str, Any]) -> Iterator[Job]:
     try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")  # JSON text may hold what else ends lines
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")  # JSON text may hold what else ends lines
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts-file {path}: {error}") from None
     if not any(line.strip() for line in lines):
@@ -68,7 +68,7 @@ def _read_file(path: str, defaults: dict[str, Any]) -> Iterator[Job]:
         if line.strip():
             try:
                 yield _job(json.loads(line), defaults)
-            except (ValueError, TypeError) as error:  # our own errors are ValueErrors too
+            except (ValueError, TypeError, RecursionError) as error:  # our own errors are ValueErrors too
                 raise ConfigError(f"--prompts-file {path}, line {number}: {error}") from None
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import msgspec
 
 from nanovllm_dist.errors import InvalidRequestError
-from nanovllm_dist.sampling_params import MAX_LIST, SamplingParams
+from nanovllm_dist.sampling_params import MAX_BAD_WORD_TOKENS, MAX_LIST, SamplingParams
 from nanovllm_dist.scheduler.outbox import bytes_of_prompt_logprobs
 from nanovllm_dist.wire.messages import CACHE_SALT_LIMIT, RESULT_FRAME_LIMIT, AddRequest
 
-_MAX_BAD_WORD_TOKENS = 128
 # Workers pad sequences to the longest and look for all of them in each step: half a millisecond for so many places
 _MAX_BAD_WORD_PLACES = 2**17
 
@@ -40,9 +39,11 @@ def without_texts(params: SamplingParams) -> SamplingParams:
 def _check_bad_words(bad_words: list[bytes]) -> None:
     if len(bad_words) > 2 * MAX_LIST:  # each word may begin with a space or not
         raise InvalidRequestError(f"bad_words: {len(bad_words)} sequences are more than {2 * MAX_LIST}")
-    for word in bad_words:
-        if not 0 < len(word) <= 4 * _MAX_BAD_WORD_TOKENS or len(word) % 4:
-            raise InvalidRequestError(f"bad_words: a sequence has 1 to {_MAX_BAD_WORD_TOKENS} token ids of 4 bytes")
+    for index, word in enumerate(bad_words):
+        if not 0 < len(word) <= 4 * MAX_BAD_WORD_TOKENS or len(word) % 4:
+            raise InvalidRequestError(
+                f"bad_words: sequence {index} has {len(word) / 4:g} token ids, and not 1 to {MAX_BAD_WORD_TOKENS}"
+            )
     longest = max(map(len, bad_words), default=0) // 4
     if len(bad_words) * longest > _MAX_BAD_WORD_PLACES:
         raise InvalidRequestError(

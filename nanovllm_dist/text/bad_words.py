@@ -5,9 +5,11 @@ It knows the tokenizer; the sampler, which knows only ids, bans the last token o
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 from nanovllm_dist.errors import InvalidSamplingParamsError
+from nanovllm_dist.sampling_params import MAX_BAD_WORD_TOKENS
 from nanovllm_dist.text.tokenizer import Tokenizer
 
 
@@ -15,7 +17,7 @@ def bad_words_ids(tokenizer: Tokenizer | None, words: Sequence[str]) -> list[lis
     """Token sequences of each word, as it begins a text and as it follows a space, without duplicates.
 
     vLLM bans the second form only where it has as many tokens as the first; here it is always banned.
-    Raises InvalidSamplingParamsError for a word without tokens, or words without a tokenizer.
+    Raises InvalidSamplingParamsError for a word without tokens or with too many, or words without a tokenizer.
     """
     if not words:
         return []
@@ -29,5 +31,10 @@ def bad_words_ids(tokenizer: Tokenizer | None, words: Sequence[str]) -> list[lis
             ids = tokenizer.encode(form, add_special_tokens=False)
             if not ids:
                 raise InvalidSamplingParamsError(f"bad_words: {word!r} has no tokens in this model's vocabulary")
+            if len(ids) > MAX_BAD_WORD_TOKENS:
+                raise InvalidSamplingParamsError(
+                    f"bad_words: {reprlib.repr(word)} is {len(ids)} tokens long, and a bad word has at most "
+                    f"{MAX_BAD_WORD_TOKENS}: ban a shorter part of it"
+                )
             sequences[tuple(ids)] = None
     return [list(ids) for ids in sequences]

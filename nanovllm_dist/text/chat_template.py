@@ -132,12 +132,16 @@ def _check_messages(messages: Any) -> None:
         raise InvalidRequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InvalidRequestError(f"messages[{index}] is a {type(message).__name__}, not an object with a role")
+            raise InvalidRequestError(
+                f"messages[{index}] is of type {type(message).__name__}, not an object with a role"
+            )
         if not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"messages[{index}].role is {message.get('role')!r}, not a string")
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
-            raise InvalidRequestError(f"messages[{index}].content is a {type(content).__name__}, not text or parts")
+            raise InvalidRequestError(
+                f"messages[{index}].content is of type {type(content).__name__}, not text or parts"
+            )
 
 
 def _check_tools(tools: Any) -> None:
@@ -147,4 +151,4 @@ def _check_tools(tools: Any) -> None:
         raise InvalidRequestError("tools must be a list of JSON-schema objects")
     for index, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise InvalidRequestError(f"tools[{index}] is a {type(tool).__name__}, not a JSON-schema object")
+            raise InvalidRequestError(f"tools[{index}] is of type {type(tool).__name__}, not a JSON-schema object")

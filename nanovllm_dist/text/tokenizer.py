@@ -71,9 +71,15 @@ class Tokenizer:
         Raises InvalidRequestError when `text` is not a string of Unicode characters.
         """
         try:
+            text.encode()  # what the library says of half a character is that it "must be str"
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise InvalidRequestError(f"the text cannot be tokenized: {error}") from None
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"the text cannot be tokenized: it is not valid Unicode, character {error.start} is "
+                f"{text[error.start]!r}, half of a surrogate pair"
+            ) from None
+        except (TypeError, AttributeError):
+            raise InvalidRequestError(f"the text cannot be tokenized: it is of type {type(text).__name__}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""

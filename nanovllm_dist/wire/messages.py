@@ -23,6 +23,7 @@ UNREAD_LIMIT = 8 * RESULT_FRAME_LIMIT  # bytes queued for one client; it is drop
 READ_REPORT = 2**20  # bytes that a client reads before it says so
 STEP_FRAME_LIMIT = 1 * 2**30  # to a worker: a step may carry whole prompts
 TRACE_LIMIT = 10_000  # steps of one trace
+ABORT_LIMIT = 2**16  # ids of one AbortRequests: the coordinator does nothing else while it reads them
 CACHE_SALT_LIMIT = 256  # bytes of UTF-8; it is hashed whenever a waiting request is looked at
 
 
@@ -96,7 +97,7 @@ class AbortRequests(_Message, frozen=True):
     `reason` is `stop` when the client found a stop string in the text, else `abort`.
     """
 
-    ids: list[int]
+    ids: Annotated[list[int], msgspec.Meta(max_length=ABORT_LIMIT)]
     reason: str = "abort"
 
 

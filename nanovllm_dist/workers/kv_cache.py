@@ -57,6 +57,7 @@ def allocate(
     [num_blocks * num_kv_heads * block_size, head_dim].
 
     Zeros, because a masked key of garbage may be NaN, and NaN times probability zero is NaN.
+    Raises ConfigError when there is no memory for them.
     """
     by_head = (num_blocks, num_kv_heads, block_size, head_dim)
     by_token = (num_blocks, block_size, num_kv_heads, head_dim)
@@ -67,7 +68,14 @@ def allocate(
         zeros = _zeros(by_head, dtype, device)
         return zeros.transpose(1, 2) if layout == "heads" else zeros.view(-1, head_dim)
 
-    return [(one(), one()) for _ in range(num_layers)]
+    try:
+        return [(one(), one()) for _ in range(num_layers)]
+    except (MemoryError, torch.OutOfMemoryError):
+        size = num_blocks * bytes_per_block(num_layers, block_size, num_kv_heads, head_dim, dtype)
+        raise ConfigError(
+            f"num_blocks: a KV cache of {num_blocks} blocks takes {size} bytes, and there are not so many: lower "
+            "num_blocks, or leave it out for as many as fit"
+        ) from None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

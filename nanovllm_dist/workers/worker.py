@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import zmq
 
-from nanovllm_dist.errors import EngineDeadError, NanoVLLMError
+from nanovllm_dist.errors import ConfigError, EngineDeadError, NanoVLLMError
 from nanovllm_dist.models.config import read_model_config
 from nanovllm_dist.wire import messages as wire
 from nanovllm_dist.wire.sockets import Channel
@@ -67,7 +67,8 @@ class Worker:
         except _LeaveError:
             return 0
         except Exception as error:
-            log.exception("rank %d failed", self._spec.rank)
+            # an option that must be changed is told in a line: where in the code it was found is of no use
+            log.error("rank %d failed: %s", self._spec.rank, error, exc_info=not isinstance(error, ConfigError))
             self._send(wire.WorkerFailed(wire.ErrorInfo.of(error)))
             return 1
         finally:

@@ -63,6 +63,28 @@ def test_any_number_of_requests_can_be_sent_and_aborted_while_ends_come_in(
     connection.close()
 
 
+@pytest.mark.parametrize("closed", [False, True], ids=["abort", "close"])
+def test_more_requests_than_one_message_may_name_are_aborted_in_several(
+    engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    monkeypatch.setattr(wire, "ABORT_LIMIT", 2)
+    _client, connection = connect(engine, aside)
+    ids = [submit(connection, RecordingSink()) for _ in range(5)]
+    for _ in ids:
+        engine.receive()
+
+    if closed:
+        connection.close()
+    else:
+        connection.abort(ids, "stop")
+
+    reason = "abort" if closed else "stop"
+    assert [engine.receive()[1] for _ in range(3)] == [
+        wire.AbortRequests(some, reason) for some in (ids[:2], ids[2:4], ids[4:])
+    ]
+    connection.close()
+
+
 @pytest.mark.timeout(30)
 def test_a_client_that_a_too_large_frame_cut_off_ends_its_requests_and_can_be_closed(
     engine: ScriptedEngine, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch

@@ -83,6 +83,10 @@ def test_a_bad_prompt(llm: LLM, prompt: object, message: str) -> None:
         ({"min_tokens": 2**63 - 1, "max_tokens": None}, "min_tokens"),
         ({"stop": ["x" * 100_000]}, "stop"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9"),
+        ({"stop": ["x"] * 65}, "stop has 65 strings: at most 64"),
+        ({"bad_words": ["x"] * 4097}, "bad_words has 4097 words: at most 4096"),
+        ({"stop_token_ids": [1] * 4097}, "stop_token_ids has 4097 token ids: at most 4096"),
+        ({"logit_bias": dict.fromkeys(range(4097), 1.0)}, "logit_bias has 4097 entries: at most 4096"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"], "detokenize": False}, "detokenize"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
@@ -217,6 +221,20 @@ def test_a_config_that_is_not_supported(
 def test_more_ranks_than_heads(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="at most 4 ranks"):
         start(tiny_model, load_format="dummy", tensor_parallel_size=5)
+
+
+@pytest.mark.parametrize("value", [object(), {1: {"x": b"\xff".decode("utf-8", "surrogateescape")}}], ids=str)
+def test_overrides_that_cannot_be_sent_to_the_processes(value: object) -> None:
+    with pytest.raises(ConfigError, match="hf_overrides holds what JSON cannot"):
+        start("smollm2-135m", hf_overrides={"x": value})
+
+
+@pytest.mark.slow
+def test_a_cache_that_no_memory_holds(tiny_model: Path) -> None:
+    with pytest.raises(EngineStartError, match="lower num_blocks") as caught:
+        start(tiny_model, load_format="dummy", num_blocks=2**31 - 1, block_size=4096)
+    assert isinstance(caught.value.__cause__, ConfigError)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_contradictory_options(tiny_model: Path) -> None:

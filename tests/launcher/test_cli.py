@@ -138,6 +138,7 @@ def test_the_command_line_wins_over_the_config_file(parsed: list[Invocation], tm
         ("model: m\ntp: two", "tensor_parallel_size"),
         ("- model", "expected a mapping"),
         ("model: [", "--config"),
+        ("[" * 100_000, "nested too deeply"),
         ("model: m\nconfig: other.yaml", "'config' is no option"),
     ],
 )
@@ -165,7 +166,11 @@ def test_a_bad_config_file_is_an_error_that_says_what(tmp_path: Path, text: str,
         (["--model", "m", "--num-blocks", "2", "--kv-cache-memory", "1GiB"], "give one of them"),
         (["--model", "m", "--kv-cache-memory", "much"], "not a size in bytes"),
         (["--model", "m", "--hf-overrides", "{"], "--hf-overrides is not JSON"),
+        (["--model", "m", "--hf-overrides", "[" * 100_000], "--hf-overrides is not JSON"),
         (["--model", "m", "--dtype", "int4"], "--dtype"),
+        (["--model", "m", "--max-num-seqs", "65537"], "max_num_seqs=65537 is not at most 65536"),
+        (["--model", "m", "--threads-per-worker", "1025"], "threads_per_worker=1025 is not at most 1024"),
+        (["--model", "m", "--num-blocks", str(2**31)], "num_blocks=2147483648 is not at most 2147483647"),
         (["--model", "m", "--tp", "0"], "tensor_parallel_size=0"),
         (["--model", "m", "--num-blocks", "1"], "num_blocks=1"),
         (["--model", "m", "--num-blocks", "2", "--block-size", "1"], "at least 3"),
@@ -235,6 +240,7 @@ def test_a_line_may_be_text_token_ids_or_messages_with_an_id_and_parameters_of_i
     ("bad", "message"),
     [
         ("{", "line 2"),
+        ("[" * 100_000, "line 2"),
         ('"text"', "line 2: expected an object"),
         ({"promt": "a"}, "line 2: unknown key 'promt'; did you mean 'prompt'?"),
         ({"id": 1}, "line 2: expected one of `prompt` and `messages`"),
@@ -258,6 +264,10 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, bad: Any, message: str) -
 def test_only_newlines_end_a_line(tmp_path: Path, character: str) -> None:
     lines = [json.dumps({"prompt": f"a{character}b"}, ensure_ascii=False), "\x0b\x0c", '{"prompt":\r"c"}\r']
     assert [job.prompt for job in jobs_of(tmp_path, *lines)] == [f"a{character}b", "c"]
+
+
+def test_a_byte_order_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+    assert [job.prompt for job in jobs_of(tmp_path, '\ufeff{"prompt": "a"}')] == ["a"]
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:

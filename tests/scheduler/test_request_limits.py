@@ -46,6 +46,12 @@ def test_bad_words_that_take_long_to_look_for_in_every_step_are_refused(lengths:
         check_limits(request(bad_words=words(*lengths)))
 
 
+@pytest.mark.parametrize("lengths", [(1, 129), (1, 0)], ids=str)
+def test_a_bad_word_that_is_empty_or_too_long_is_named_by_its_place(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"sequence 1 has {lengths[1]} token ids, and not 1 to 128"):
+        check_limits(request(bad_words=words(*lengths)))
+
+
 def test_a_row_with_all_that_parameters_may_hold_is_below_two_mebibytes_beside_its_prompt() -> None:
     vocab = 151_936
     ids = range(vocab - MAX_LIST, vocab)

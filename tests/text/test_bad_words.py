@@ -43,6 +43,11 @@ def test_a_word_that_no_token_can_spell_is_refused(byte_level):
         bad_words_ids(byte_level, [""])
 
 
+def test_a_word_of_too_many_tokens_is_named_with_the_limit(byte_level):
+    with pytest.raises(InvalidSamplingParamsError, match=r"'zqzq.*' is \d+ tokens long, .* at most 128"):
+        bad_words_ids(byte_level, ["fox", "zq" * 1000])
+
+
 @pytest.mark.slow
 def test_smollm2_words_are_banned_as_their_single_tokens(smollm2):
     assert bad_words_ids(smollm2, ["Paris"])[-1] == smollm2.encode(" Paris")

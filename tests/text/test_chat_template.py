@@ -75,9 +75,9 @@ def test_a_model_without_a_template_says_so(tmp_path):
         ([], "non-empty list"),
         ("hello", "non-empty list"),
         ({"role": "user"}, "non-empty list"),
-        (["hello"], r"messages\[0\] is a str"),
+        (["hello"], r"messages\[0\] is of type str"),
         ([{"content": "x"}], r"messages\[0\].role is None"),
-        ([*USER, {"role": "user", "content": 3}], r"messages\[1\].content is a int"),
+        ([*USER, {"role": "user", "content": 3}], r"messages\[1\].content is of type int, not text or parts"),
     ],
 )
 def test_messages_of_a_wrong_shape_are_refused(tmp_path, messages, said):

@@ -99,6 +99,11 @@ def test_what_is_no_text_is_refused(byte_level, text):
         byte_level.encode(text)
 
 
+def test_half_a_surrogate_pair_is_called_no_valid_unicode(byte_level):
+    with pytest.raises(InvalidRequestError, match=r"not valid Unicode, character 2 is '\\udcff'"):
+        byte_level.encode("ab\udcff")
+
+
 def test_a_directory_without_tokenizer_files_is_named(tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"neither tokenizer\.json"):
         Tokenizer.from_directory(tmp_path)

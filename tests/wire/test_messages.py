@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgpack
 import msgspec
 import pytest
@@ -105,6 +107,17 @@ def test_a_typed_error_keeps_its_type_and_message_over_the_wire(kind: type[NanoV
     rebuilt = wire.ErrorInfo.of(kind("what happened")).to_exception()
     assert type(rebuilt) is kind
     assert str(rebuilt) == "what happened"
+
+
+def test_ids_to_abort_are_so_many_that_the_coordinator_is_not_held_up_by_one_client() -> None:
+    most = wire.AbortRequests([2**31 - 1] * wire.ABORT_LIMIT)
+    assert wire.decode_client(wire.encode(most)) == most
+
+    frame = wire.encode(wire.AbortRequests([1] * 15_000_000))
+    began = time.process_time()
+    with pytest.raises(WireError, match="length <= 65536"):
+        wire.decode_client(frame)
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize(
