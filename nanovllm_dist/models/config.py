@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from nanovllm_dist.errors import ModelNotFoundError, UnsupportedModelError
 
 _T = TypeVar("_T", list[Any], dict[str, Any])
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # `registry` has their classes
 _IGNORED_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _REQUIRED_ROPE_KEYS = {
     "default": (),
@@ -80,6 +81,10 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise UnsupportedModelError(f"config.json: architectures={architectures!r}: expected exactly one name")
     architecture = str(architectures[0])
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{architecture} is not supported; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
     _refuse_unsupported(raw)
     num_heads = _integer(raw, "num_attention_heads")
     num_kv_heads = _integer(raw, "num_key_value_heads", num_heads)

@@ -214,7 +214,7 @@ def test_a_git_lfs_pointer(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_config_that_is_not_supported(
     tiny_model: Path, tmp_path: Path, config: dict[str, object], message: str
 ) -> None:
-    with pytest.raises((UnsupportedModelError, EngineStartError), match=message):
+    with pytest.raises(UnsupportedModelError, match=message):  # and no EngineStartError: before any process
         start(broken(tiny_model, tmp_path / "model", **config), load_format="dummy")
 
 

@@ -101,6 +101,7 @@ def test_yarn_factor_null_is_the_ratio_of_the_lengths() -> None:
         ({"architectures": []}, "architectures"),
         ({"architectures": ["A", "B"]}, "architectures"),
         ({"architectures": 3}, "architectures"),
+        ({"architectures": ["MambaForCausalLM"]}, r"MambaForCausalLM.*LlamaForCausalLM.*Qwen3ForCausalLM"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"rope_theta": "abc"}, "rope_theta"),
