@@ -193,7 +193,8 @@ class RayBackend:
         own = {} if resource in _RESOURCE_OPTIONS else {resource: float(count)}
         try:
             self._thread.run(lambda: self._connect(address, config.tensor_parallel_size, own))
-            _take_back_sigterm()
+            if self._linked:
+                _take_back_sigterm()
         except EngineStartError:
             raise
         except (RayError, OSError, RuntimeError, ValueError) as error:
@@ -344,8 +345,9 @@ class RayBackend:
 
 def _take_back_sigterm() -> None:
     """Ray's handler writes a stack trace and aborts the program three seconds later: put the program's own back."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    own = signal.getsignal(signal.SIGTERM)
+    if own is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, own)
 
 
 def _last_line(error: BaseException) -> str:

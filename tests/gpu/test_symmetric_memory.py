@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
 from nanovllm_dist.models.parallel import GroupCommunicator
+from nanovllm_dist.workers.kernels import dependent_launch
+from nanovllm_dist.workers.kernels.activation import silu_mul
+from nanovllm_dist.workers.kernels.few_rows_linear import MAX_ROWS, few_rows_gated, few_rows_linear
 from nanovllm_dist.workers.platform.cuda_sum_norm import SumNorm, open_sum_norm
 from nanovllm_dist.workers.platform.symmetric_memory import (
     ReductionLimits,
@@ -29,6 +33,7 @@ HIDDEN, EPS = 5120, 1e-6
 # Rows by the way they take: one shot, two shots, NCCL
 ROWS = {"one shot": 4, "two shots": 200, "NCCL": 1000}
 BACK_TO_BACK = 1000
+LAYERS, INTERMEDIATE = 60, 1536
 # With norms, in this order: one shot takes up to 64 on two ranks, two take the others
 JOINED_ROWS = [1, 100, 16, 777, 101, 3, 5, 64]
 
@@ -67,6 +72,7 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
             str(dtype): [check_joined(comm, dtype, captured) for captured in (False, True)]
             for dtype in (torch.bfloat16, torch.float32)
         }
+        found["layers"] = {str(rows): check_layers(comm, rows) for rows in (1, MAX_ROWS, 100)}
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -188,6 +194,49 @@ def check_joined(comm: SymmetricCommunicator, dtype: torch.dtype, captured: bool
     return wrong.tolist()
 
 
+@torch.inference_mode()
+def check_layers(comm: SymmetricCommunicator, rows: int) -> dict[str, int]:
+    """How many runs of layers whose kernels start early, sums with norms among them, differed from one whose kernels
+    wait for each other; and a digest of that one."""
+    sums = open_sum_norm(comm, HIDDEN, torch.bfloat16, rows)
+    assert isinstance(sums, SumNorm)
+    few = rows <= MAX_ROWS
+    up = [part_of(100 + 10 * n + comm.rank, 2 * INTERMEDIATE, torch.bfloat16) * HIDDEN**-0.5 for n in range(3)]
+    down = [part_of(200 + 10 * n + comm.rank, INTERMEDIATE, torch.bfloat16).t().contiguous() * 0.02 for n in range(2)]
+    start, weight = part_of(300, rows, torch.bfloat16), torch.ones(HIDDEN, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()
+
+    def run() -> torch.Tensor:
+        normed, residual = start.clone(), start.clone()
+        for layer in range(LAYERS):
+            if layer % (2 * comm.world_size) == 2 * comm.rank:
+                torch.cuda._sleep(20_000)
+            gates = up[layer % 3]
+            activated = few_rows_gated(normed, gates) if few else silu_mul(F.linear(normed, gates))
+            place = sums.buffer(rows)
+            part = torch.empty_like(normed) if place is None else place
+            if few:
+                few_rows_linear(activated, down[layer % 2], part)
+            else:
+                torch.mm(activated, down[layer % 2].t(), out=part)
+            normed = sums(part, residual, weight, EPS)
+        return normed.clone()  # of two shots it lies in memory that the next sum writes to
+
+    dependent_launch.ENABLED = False
+    expected = run()
+    dependent_launch.ENABLED = True
+    wrong = sum(not torch.equal(run(), expected) for _ in range(5))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    for _ in range(20):
+        output.fill_(float("nan"))
+        graph.replay()
+        wrong += not torch.equal(output, expected)
+    assert expected.isfinite().all()
+    return {"wrong": wrong, "digest": int(expected.view(torch.int16).long().sum())}
+
+
 def test_symmetric_memory_is_used(outcomes: list[dict[str, Any]]) -> None:
     assert {outcome["kind"] for outcome in outcomes} == {"SymmetricCommunicator"}
 
@@ -224,3 +273,8 @@ def test_a_thousand_reductions_in_a_row_do_not_race(outcomes: list[dict[str, Any
 def test_a_thousand_sums_with_norms_in_a_row_do_not_race(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         assert {name: found for name, found in outcome["joined"].items() if found != [[0, 0], [0, 0]]} == {}
+
+
+def test_layers_that_start_early_between_sums_give_the_bits_of_layers_that_wait(outcomes: list[dict[str, Any]]) -> None:
+    assert all(layers["wrong"] == 0 for outcome in outcomes for layers in outcome["layers"].values())
+    assert all(outcome["layers"] == outcomes[0]["layers"] for outcome in outcomes)
