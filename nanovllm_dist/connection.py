@@ -65,7 +65,7 @@ class Connection:
     """A connected client. Raises EngineConnectError when no engine answers within `timeout` seconds."""
 
     def __init__(self, address: str, key_file: str | Path | None = None, timeout: float = 10.0) -> None:
-        self.address = address
+        self.address = address = _absolute(address)
         self._status: wire.EngineStatus | None = None
         self._status_changed = threading.Condition()
         self._sinks: dict[int, Sink] = {}
@@ -84,8 +84,12 @@ class Connection:
         self._wakeup = Wakeup(self._context)
         self._thread = threading.Thread(target=self._run, name="nanovllm-connection", daemon=True)
         self._thread.start()
-        self._send(wire.Hello())
-        self._wait_for_first_status(timeout)
+        try:
+            self._send(wire.Hello())
+            self._wait_for_first_status(timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def _open_channel(self, keys: wire.Keys | None) -> Channel:
         try:
@@ -101,7 +105,6 @@ class Connection:
             self._status_changed.wait_for(lambda: self._status is not None or self._error is not None, timeout)
         if self._status is None:
             error = self._error
-            self.close()
             raise EngineConnectError(
                 f"no engine answers at {self.address}"
                 + (f": {error}" if error else f" within {timeout:g} s: is it running, and is the key file its own?")
@@ -151,11 +154,15 @@ class Connection:
         """An id for a request to submit."""
         return next(self._ids)
 
+    def _in_fork(self) -> bool:
+        """In a process that was forked the thread is missing, and the lock may be held for good."""
+        return self._process != os.getpid()
+
     def _check(self) -> None:
         """Raises why nothing can be asked, if that is so."""
         if self._error is not None:
             raise self._error
-        if self._process != os.getpid():  # its thread is not there
+        if self._in_fork():
             raise EngineDeadError("this client was made before a fork: DistLLM.connect makes one of this process")
 
     def submit(
@@ -176,8 +183,9 @@ class Connection:
         """
         _check_options(priority, cache_salt)
         frame = _frame(wire.AddRequest(request_id, prompt, params, bad_words or [], priority, cache_salt))
+        self._check()
         with self._lock:
-            self._check()
+            self._check()  # again, for who failed meanwhile
             self._greet_after_silence()
             self._sinks[request_id] = sink
         self._queue(frame)
@@ -191,8 +199,9 @@ class Connection:
     def stats(self, timeout: float = 10.0) -> wire.EngineStats:
         """The engine's counters now. Raises EngineDeadError when it does not answer."""
         future: Future[wire.EngineStats] = Future()
+        self._check()
         with self._lock:
-            self._check()
+            self._check()  # again, for who failed meanwhile
             self._greet_after_silence()
             self._stats.append(future)
         self._send(wire.StatsRequest())
@@ -206,8 +215,9 @@ class Connection:
         if not 0 <= count <= wire.TRACE_LIMIT or not 0 <= skip < 2**31:
             raise InvalidRequestError(f"a trace of {count} steps after {skip}: 0 to {wire.TRACE_LIMIT:,} can be traced")
         future: Future[wire.StepTrace] = Future()
+        self._check()
         with self._lock:
-            self._check()
+            self._check()  # again, for who failed meanwhile
             self._greet_after_silence()
             self._traces.append(future)
             self._send(wire.TraceSteps(count, skip))
@@ -234,6 +244,8 @@ class Connection:
 
     def close(self) -> None:
         """Disconnect; requests still running end with EngineDeadError here and `abort` there. Twice is fine."""
+        if self._in_fork():
+            return
         with self._lock:
             if self._closing:
                 return
@@ -274,6 +286,7 @@ class Connection:
                 self._watch()
                 self._end_if_failed()
             self._flush()
+            self.fail(EngineDeadError("the connection was closed"))
         except NanoVLLMError as error:
             self.fail(error)
         except Exception as error:  # a caller must not wait for a thread that is gone
@@ -402,9 +415,20 @@ def _settle(future: Future[Any], result: wire.EngineStats | wire.StepTrace | Nan
             future.set_result(result)
 
 
+def _absolute(address: str) -> str:
+    """The address wherever the program goes from here."""
+    file = address.removeprefix("ipc://")
+    return address if file == address or not file else f"ipc://{os.path.abspath(file)}"
+
+
 def _is_there(address: str) -> bool:
     """Whether an ipc address still has its socket; of others nothing can be told."""
-    return not address.startswith("ipc://") or Path(address.removeprefix("ipc://")).exists()
+    try:
+        return not address.startswith("ipc://") or bool(os.stat(address.removeprefix("ipc://")))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):  # it may be there for others
+        return True
 
 
 def _read_keys(address: str, key_file: str | Path | None) -> wire.Keys | None:

@@ -23,6 +23,8 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt, given without a list, is a batch of one. Raises InvalidRequestError for what is no list."""
     if isinstance(prompts, str):
         return [prompts]
+    if hasattr(prompts, "tolist"):  # arrays, series, tensors
+        prompts = prompts.tolist()
     if not _is_list(prompts):
         raise InvalidRequestError(
             f"prompts: a text, a list of token ids, or a list of these is expected, not {_described(prompts)}"

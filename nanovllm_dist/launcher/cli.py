@@ -191,6 +191,7 @@ def _open_standard_streams() -> None:
             os.dup2(device, number)
             if device != number:
                 os.close(device)
+            os.set_inheritable(number, True)
             setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 

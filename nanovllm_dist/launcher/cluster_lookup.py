@@ -1,28 +1,21 @@
-"""What can be told of Ray without importing it: whether a cluster answers, its processes here, whether one is ours."""
+"""What can be told of Ray without importing it: whether a cluster answers, its processes, what a private one has."""
 
 from __future__ import annotations
 
 import socket
-import threading
 from pathlib import Path
 
 import psutil
 
+from nanovllm_dist.errors import EngineStartError
+
 _REACH_SECONDS = 10.0
-_private = threading.Event()
+# of this program's engine on a private Ray: an engine beside it must leave them alone
+devices_of_private_ray: list[str] = []
 
 
-def has_private_ray() -> bool:
-    """Whether an engine of this program has started a Ray for itself, which is then the only one it can reach."""
-    return _private.is_set()
-
-
-def note_private_ray(there: bool) -> None:
-    """Say whether there is one now."""
-    if there:
-        _private.set()
-    else:
-        _private.clear()
+class RayTakenError(EngineStartError):
+    """Another engine of this program has started a Ray for itself, and a program reaches one only."""
 
 
 def check_reachable(address: str) -> None:

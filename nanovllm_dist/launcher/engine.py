@@ -19,6 +19,7 @@ import zmq
 from nanovllm_dist import errors
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import EngineDeadError, EngineStartError, NanoVLLMError
+from nanovllm_dist.launcher.cluster_lookup import RayTakenError
 from nanovllm_dist.launcher.deployment import LOG_HEADING, Deployment, process_report
 from nanovllm_dist.launcher.process import RunningProcess
 from nanovllm_dist.launcher.resolve import launcher_kind, resolve_config
@@ -80,6 +81,15 @@ class Engine:
         resolved, _ = resolve_config(config, progress=fetch_bars)
         if importing.ident is not None:
             importing.join()  # Ctrl-C while two threads wait for one import can leave both waiting for good
+        try:
+            return cls._launch(resolved, report)
+        except RayTakenError:
+            if config.launcher != "auto" or config.ray_address:
+                raise
+            return cls._launch(resolved.replace(launcher="local"), report)
+
+    @classmethod
+    def _launch(cls, resolved: EngineConfig, report: ProgressCallback) -> Engine:
         deadline = time.monotonic() + resolved.startup_timeout
         deployment = Deployment(resolved)
         try:

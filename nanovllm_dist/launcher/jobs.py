@@ -32,7 +32,10 @@ def read_jobs(invocation: Invocation) -> list[Job]:
     """The jobs of an invocation; none when it serves or chats. Raises ConfigError with the number of a bad line."""
     mode = invocation.mode
     if mode.output is not None:
-        _check_output(mode.output)
+        try:
+            _check_output(mode.output)
+        except (OSError, RuntimeError) as error:  # no name that a file can have, links in a circle
+            raise ConfigError(f"--output {mode.output}: {error}") from None
     if mode.prompts_file:
         return list(_read_file(mode.prompts_file, invocation.sampling))
     if not all(mode.prompt):
@@ -41,10 +44,10 @@ def read_jobs(invocation: Invocation) -> list[Job]:
 
 
 def _check_output(output: str) -> None:
-    target = Path(output).resolve()  # what a link leads to is written, and the link stays
-    partial = Path(f"{target}.part")
     if not output:
         raise ConfigError("--output is empty: give the name of a file")
+    target = Path(output).resolve()  # what a link leads to is written, and the link stays
+    partial = Path(f"{target}.part")
     if target.exists() and not target.is_file():
         raise ConfigError(f"--output {output}: it is a directory or a device, and answers go into a file")
     if not target.parent.is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanovllm_dist.config import EngineConfig
 from nanovllm_dist.errors import ConfigError
+from nanovllm_dist.launcher.cluster_lookup import devices_of_private_ray
 from nanovllm_dist.launcher.process import LocalProcess, LongLivedThread, Program
 from nanovllm_dist.launcher.sites import Site
 from nanovllm_dist.launcher.supervisor import Supervisor
@@ -29,10 +30,15 @@ class LocalBackend:
         """Nothing to bring up."""
 
     def reserve(self, config: EngineConfig, resource: str, visible_env: str) -> list[Site]:
-        """The first devices that the launcher itself may see. Raises ConfigError when they are too few."""
+        """The first devices that the launcher itself may see, but those of an engine of this program on a private Ray.
+
+        Raises ConfigError when they are too few.
+        """
         ranks = config.tensor_parallel_size
         visible = os.environ.get(visible_env) if visible_env else None
-        devices = [str(index) for index in range(ranks)] if visible is None else [d for d in visible.split(",") if d]
+        taken = devices_of_private_ray if visible_env else []
+        some = map(str, range(ranks + len(taken))) if visible is None else visible.split(",")
+        devices = [device for device in some if device and device not in taken]
         if len(devices) < ranks:
             raise ConfigError(f"tensor_parallel_size={ranks} needs more devices than {visible_env}={visible} shows")
         cores = usable_cores()

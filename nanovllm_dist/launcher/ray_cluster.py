@@ -6,12 +6,14 @@ starts, so that what serves requests owes Ray nothing but its place. It does not
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +47,22 @@ class _Link:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engines = 0
+        self._private = False
 
     def join(self, connect: Callable[[], None], private: bool) -> bool:
         """Share the connection, or make it by `connect`; whether `leave` is to be called in the end.
 
-        One that the program made itself is not ours to end. Raises EngineStartError beside an engine's private Ray.
+        One that the program made itself is not ours to end. Raises RayTakenError beside an engine's private Ray.
         """
         with self._lock:
             if not ray.is_initialized():
-                connect()
-                cluster_lookup.note_private_ray(private)
+                with _own_sigterm():
+                    _all_or_nothing(connect)
+                self._private = private
             elif not self._engines:
                 return False
-            elif cluster_lookup.has_private_ray():
-                raise EngineStartError(
+            elif self._private:
+                raise cluster_lookup.RayTakenError(
                     "another engine of this program runs on a private Ray, which is for that engine alone, and Ray "
                     "connects a program to one cluster: use launcher=local, or one ray_address for both"
                 )
@@ -70,8 +74,30 @@ class _Link:
         with self._lock:
             self._engines -= 1
             if not self._engines:
-                cluster_lookup.note_private_ray(False)
+                cluster_lookup.devices_of_private_ray.clear()
                 ray.shutdown()
+
+
+def _all_or_nothing(connect: Callable[[], None]) -> None:
+    try:
+        connect()
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray installs a handler that writes a stack trace and aborts the program three seconds later: put back what was
+    there. Not by `signal`, which knows handlers of Python alone, and only in the main thread."""
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, get.restype = (ctypes.c_int,), ctypes.c_void_p
+    put.argtypes, put.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    handler = get(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        put(signal.SIGTERM, handler)
 
 
 _link = _Link()
@@ -193,8 +219,6 @@ class RayBackend:
         own = {} if resource in _RESOURCE_OPTIONS else {resource: float(count)}
         try:
             self._thread.run(lambda: self._connect(address, config.tensor_parallel_size, own))
-            if self._linked:
-                _take_back_sigterm()
         except EngineStartError:
             raise
         except (RayError, OSError, RuntimeError, ValueError) as error:
@@ -244,6 +268,8 @@ class RayBackend:
         order = in_order(found)
         self._actors = [actors[index] for index in order]
         self._sites = [found[index] for index in order]
+        if self._own_cluster:
+            cluster_lookup.devices_of_private_ray[:] = [site.device for site in self._sites]
         affinity = NodeAffinitySchedulingStrategy(self._sites[0].node, soft=False)
         self._coordinator = self._new_actor(num_cpus=0, scheduling_strategy=affinity)
         return self._sites
@@ -328,10 +354,12 @@ class RayBackend:
         self._thread.close()
 
     def _leave(self) -> None:
-        if ray.is_initialized() and not self._own_cluster:
-            self._release()
-        if self._linked:
-            _link.leave()
+        try:
+            if ray.is_initialized() and not self._own_cluster:
+                self._release()
+        finally:
+            if self._linked:
+                _link.leave()
 
     def _release(self) -> None:
         actors = [actor for actor in (*self._actors, self._coordinator) if actor is not None]
@@ -341,13 +369,6 @@ class RayBackend:
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
-
-
-def _take_back_sigterm() -> None:
-    """Ray's handler writes a stack trace and aborts the program three seconds later: put the program's own back."""
-    own = signal.getsignal(signal.SIGTERM)
-    if own is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, own)
 
 
 def _last_line(error: BaseException) -> str:

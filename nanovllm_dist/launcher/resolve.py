@@ -11,7 +11,6 @@ from typing import get_args
 
 from nanovllm_dist.config import Dtype, EngineConfig
 from nanovllm_dist.errors import ConfigError, UnsupportedModelError
-from nanovllm_dist.launcher.cluster_lookup import has_private_ray
 from nanovllm_dist.models.config import ModelConfig, read_model_config
 from nanovllm_dist.models.partition import split_heads
 from nanovllm_dist.workers.platform import get_platform
@@ -70,10 +69,10 @@ def _tokenizer(config: EngineConfig, directory: Path, progress: bool) -> str:
 
 
 def launcher_kind(config: EngineConfig) -> str:
-    """`ray` or `local`: Ray where it is installed and free, unless the config names one. Raises ConfigError."""
+    """`ray` or `local`: Ray where its package is installed, unless the config names one. Raises ConfigError."""
     has_ray = importlib.util.find_spec("ray") is not None
     if config.launcher == "auto" and not config.ray_address:
-        return "ray" if has_ray and not has_private_ray() else "local"
+        return "ray" if has_ray else "local"
     if config.launcher != "local" and not has_ray:
         raise ConfigError("launcher=ray needs the ray package: install nanovllm_dist[ray], or use launcher=local")
     return "ray" if config.launcher == "auto" else config.launcher

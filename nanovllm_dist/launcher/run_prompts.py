@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from nanovllm_dist.batch_run import OnOutput
 from nanovllm_dist.client import DistLLM
-from nanovllm_dist.errors import ConfigError, NanoVLLMError
+from nanovllm_dist.errors import NanoVLLMError
 from nanovllm_dist.launcher.engine import Engine
 from nanovllm_dist.launcher.invocation import Mode
 from nanovllm_dist.launcher.jobs import Job
@@ -143,7 +143,7 @@ def _writer(path: str | None) -> Iterator[TextIO]:
             else:
                 partial.unlink()
         if isinstance(error, OSError) and not isinstance(error, NanoVLLMError):
-            raise ConfigError(f"--output {path}: {error}") from None
+            raise NanoVLLMError(f"--output {path}: {error}") from None
         raise
 
 

@@ -166,15 +166,15 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # it leaves when the launcher does, and not before
     identity = _identity(launcher)
     try:
+        # no longer a child of the launcher, it escapes a host (a Ray worker is one) that kills its children as it ends
+        if os.fork():
+            os._exit(0)
         os.mkdir(directory, 0o700)
     except OSError as error:
         os.write(1, f"error {error.strerror}\n".encode())
         return
-    # no longer a child of the launcher, it escapes a host (a Ray worker is one) that kills its children as it ends
-    child = os.fork()
-    if child:
-        os.write(1, f"pid {child}\n".encode())
-        os._exit(0)
+    with contextlib.suppress(BrokenPipeError):  # a launcher that is gone already is noticed below
+        os.write(1, f"pid {os.getpid()}\n".encode())
     watched: dict[int, str] = {}
     _listen(identity, watched)
     _sweep(directory, watched, spared={os.getpid(), launcher})

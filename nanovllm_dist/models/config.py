@@ -6,7 +6,7 @@ Free of torch, so that the launcher and the coordinator can read it. It does not
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,7 +153,7 @@ def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:
         trained_length = raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
         params["original_max_position_embeddings"] = trained_length or max_positions
     if kind == "yarn" and "factor" in params and params["factor"] is None:
-        params["factor"] = max_positions / params["original_max_position_embeddings"]
+        params["factor"] = max_positions / _positive(params, "original_max_position_embeddings", max_positions)
     for key in (*_REQUIRED_ROPE_KEYS[kind], *(key for key in _OPTIONAL_ROPE_NUMBERS if params.get(key) is not None)):
         if not _is_positive(params.get(key)):
             raise UnsupportedModelError(f"config.json: RoPE {kind} needs a positive {key}, not {params.get(key)!r}")
@@ -168,7 +168,7 @@ def _eos(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
         if source is None:
             continue
         for token in source if isinstance(source, list) else [source]:
-            if isinstance(token, bool) or not isinstance(token, int):
+            if isinstance(token, bool) or not isinstance(token, int) or not -(2**31) <= token < 2**31:
                 raise UnsupportedModelError(f"config.json or generation_config.json: eos_token_id={source!r} is no id")
             if token not in ids:
                 ids.append(token)
@@ -183,7 +183,7 @@ def _of_type(raw: dict[str, Any], key: str, kind: type[_T]) -> _T | None:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _positive(raw: dict[str, Any], key: str, default: float) -> float:

@@ -218,7 +218,8 @@ class Batch:
             self._tables[slot, self._table_len[slot]] = block
             self._table_len[slot] += 1
         changed = np.unique(np.array([*entered, *slots], dtype=np.int64))
-        arrays: list[Array] = [changed, self._tables[changed]]
+        width = int(self._table_len[changed].max())
+        arrays: list[Array] = [changed, self._tables[changed, :width]]
         if tokens:
             arrays += [
                 np.repeat(entered, [len(part) for part in tokens]).astype(np.int64),
@@ -226,7 +227,7 @@ class Batch:
                 np.concatenate(tokens).astype(np.int32),
             ]
         on_device = self._transfers.upload(arrays)
-        self.block_tables[on_device[0]] = on_device[1]
+        self.block_tables[on_device[0], :width] = on_device[1]
         if tokens:
             self.token_ids[on_device[2], on_device[3]] = on_device[4].to(self.token_ids.dtype)
 

@@ -70,12 +70,12 @@ def allocate(
 
     try:
         return [(one(), one()) for _ in range(num_layers)]
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError) as error:
         size = num_blocks * bytes_per_block(num_layers, block_size, num_kv_heads, head_dim, dtype)
         raise ConfigError(
             f"num_blocks: a KV cache of {num_blocks} blocks takes {size} bytes, and there are not so many: lower "
-            "num_blocks, or leave it out for as many as fit"
-        ) from None
+            "num_blocks, or where that was not given kv_cache_memory or memory_utilization"
+        ) from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from traceback import format_exception_only
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -67,8 +68,10 @@ class Worker:
         except _LeaveError:
             return 0
         except Exception as error:
-            # an option that must be changed is told in a line: where in the code it was found is of no use
-            log.error("rank %d failed: %s", self._spec.rank, error, exc_info=not isinstance(error, ConfigError))
+            if isinstance(error, ConfigError):  # in a line: where in the code it was found is of no use
+                log.error("rank %d failed:\n%s", self._spec.rank, "".join(format_exception_only(error)).strip())
+            else:
+                log.exception("rank %d failed", self._spec.rank)
             self._send(wire.WorkerFailed(wire.ErrorInfo.of(error)))
             return 1
         finally:

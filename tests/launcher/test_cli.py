@@ -281,6 +281,10 @@ def test_an_output_that_is_no_file_is_refused_before_anything_runs(tmp_path: Pat
     for output in (tmp_path, tmp_path / "fifo", tmp_path / "link"):
         with pytest.raises(ConfigError, match="it is a directory or a device"):
             jobs_of(tmp_path, {"prompt": "a"}, output=str(output))
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for output in (tmp_path / "circle", tmp_path / ("long" * 100)):
+        with pytest.raises(ConfigError, match=r"--output .*(loop|long|levels)"):
+            jobs_of(tmp_path, {"prompt": "a"}, output=str(output))
     with pytest.raises(ConfigError, match="--output is empty"):
         jobs_of(tmp_path, {"prompt": "a"}, output="")
 

@@ -17,7 +17,7 @@ from engine_sandbox import LAUNCHERS, SMALL, Sandbox, model, sandbox, wait_for
 
 from nanovllm_dist.client import DistLLM
 from nanovllm_dist.config import EngineConfig
-from nanovllm_dist.errors import ConfigError, EngineDeadError, EngineStartError, UnsupportedModelError
+from nanovllm_dist.errors import ConfigError, EngineDeadError, EngineStartError, WeightsError
 from nanovllm_dist.launcher.engine import Engine, Progress
 from nanovllm_dist.sampling_params import SamplingParams
 
@@ -82,11 +82,10 @@ def test_a_key_file_is_for_this_user_and_without_the_servers_secret(start: Start
 def test_a_worker_that_fails_gives_its_typed_error_and_its_log(
     start: Start, model: str, sandbox: Sandbox, launcher: Any
 ) -> None:
-    overrides = {"architectures": ["AbacusForCausalLM"]}
     started = time.monotonic()
-    with pytest.raises(EngineStartError, match=r"worker-0: AbacusForCausalLM") as caught:
-        start(EngineConfig(model=model, launcher=launcher, hf_overrides=overrides, **SMALL))
-    assert isinstance(caught.value.__cause__, UnsupportedModelError)
+    with pytest.raises(EngineStartError, match=r"worker-0: .*safetensors") as caught:
+        start(EngineConfig(model=model, launcher=launcher, **{**SMALL, "load_format": "auto"}))
+    assert isinstance(caught.value.__cause__, WeightsError)
     assert "Traceback" in str(caught.value)
     assert time.monotonic() - started < 60
     sandbox.assert_empty()

@@ -99,7 +99,7 @@ def test_answers_go_where_a_link_leads(chatting_model: str, sandbox: Sandbox, tm
 @pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_an_error_of_the_output(chatting_model: str, sandbox: Sandbox) -> None:
     engine = Engine.start(EngineConfig(model=chatting_model, launcher="local", **SMALL))
-    with pytest.raises(ConfigError, match=r"--output /proc/none: .*No such file"):
+    with pytest.raises(NanoVLLMError, match=r"--output /proc/none: .*No such file"):
         run_jobs(engine, Mode(prompts_file="in.jsonl", output="/proc/none"), [Job(PARAMS, [5, 6])])
     sandbox.assert_empty()
 

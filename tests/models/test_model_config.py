@@ -105,6 +105,12 @@ def test_yarn_factor_null_is_the_ratio_of_the_lengths() -> None:
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"rope_theta": "abc"}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings",
+        ),
+        ({"eos_token_id": 2**70}, "eos_token_id"),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"layer_types": 3}, "layer_types"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
