@@ -63,6 +63,8 @@ def make_workload(checkpoint: Checkpoint) -> Workload:
 def start(checkpoint: Checkpoint, **options: object) -> LLM:
     """An engine in fp32 whose steps mix decodes with prefills: half of the requests wait for the others."""
     defaults = {"dtype": "float32", "launcher": "local", "max_num_seqs": 20, "max_num_batched_tokens": 1024}
+    if "num_blocks" not in options:
+        defaults["kv_cache_memory"] = 2**30  # another engine may be beside it on the GPU
     return LLM(str(checkpoint.directory), device=DEVICE, progress=False, **(defaults | options))  # type: ignore[arg-type]
 
 
