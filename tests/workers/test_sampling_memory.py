@@ -38,5 +38,5 @@ def test_the_most_that_a_request_may_ask_for_keeps_less_than_a_megabyte(lengths:
 
 
 def test_a_longer_bias_than_the_lists_of_other_options_is_refused() -> None:
-    with pytest.raises(InvalidSamplingParamsError, match="logit_bias=4097 is not at most 4096"):
+    with pytest.raises(InvalidSamplingParamsError, match="logit_bias has 4097 entries: at most 4096 are taken"):
         SamplingParams(logit_bias=dict.fromkeys(range(MAX_LIST + 1), 1.0))
