@@ -208,7 +208,7 @@ class Batch:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _apply(self, step: Step) -> None:
-        """Host tables first, then the rows that changed on the device, whole: they are few and small."""
+        """Host tables first, then the rows that changed on the device, as far as the longest of them."""
         slots, blocks = np.frombuffer(step.grow_slots, dtype="<i4"), np.frombuffer(step.grow_blocks, dtype="<i4")
         if not (len(slots) or step.new_rows):
             return

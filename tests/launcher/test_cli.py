@@ -204,10 +204,18 @@ def test_importing_the_command_line_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_streams_are_no_error(closed: str) -> None:
-    command = f"exec {shlex.quote(sys.executable)} -m nanovllm_dist.launcher.cli --version {closed}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_standard_streams_that_were_closed_are_there_for_the_program_and_its_children(
+    tmp_path: Path, closed: str
+) -> None:
+    report = tmp_path / "report"
+    source = (
+        "import os, sys; from nanovllm_dist.launcher import cli; sys.argv[1:] = ['--version']\n"
+        "try: cli.main()\n"
+        f"finally: open({str(report)!r}, 'w').write("
+        "str([s is not None and os.get_inheritable(n) for n, s in enumerate((sys.stdin, sys.stdout, sys.stderr))]))"
+    )
+    subprocess.run(["sh", "-c", f"exec {shlex.quote(sys.executable)} -c {shlex.quote(source)} {closed}"], check=True)
+    assert report.read_text() == "[True, True, True]"
 
 
 # --- a file of prompts -------------------------------------------------------------------------------------
